@@ -1,0 +1,198 @@
+"""Attention rows on demand: the model's own kernel runs as ever, and the few extra rows are computed beside it.
+
+An attention module finds its kernel through its config's implementation name. `TapConfig` stands in for the config of
+the modules that a strategy needs rows from and names an entry of transformers' AttentionInterface that calls the real
+kernel, then computes `queries x visual keys` from the q and k it was handed: after rotary embedding, under any kernel,
+with grouped heads, in fp32, never n x n. The shared config is not touched, so masks are built as ever.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from vtprune.engine.stream import causal_mask
+from vtprune.pruner import Needs, Rows, UnsupportedError
+
+NAME = "vtprune_rows"
+
+
+@dataclass
+class Request:
+    """Which rows of the running attention call are wanted.
+
+    Parameters:
+        needs: the strategy's declaration.
+        rows: LongTensor [B, R] into the queries of this call, or None for the mean over all of them.
+        rows_valid: bool [B, R]; columns: LongTensor [B, N] into the keys.
+        keys_valid: bool [B, S] over the keys, or None if all are real.
+        offset: keys that precede the first query for causal attention; None for bidirectional attention.
+    """
+
+    needs: Needs
+    rows: Tensor | None
+    rows_valid: Tensor | None
+    columns: Tensor
+    keys_valid: Tensor | None
+    offset: int | None
+
+
+Listener = Iterable[tuple[Request, Callable[[Rows], None]]]
+
+
+class TapConfig:
+    """Stands in for `module.config`: the same in everything but the attention implementation it names."""
+
+    def __init__(self, config, listener: Callable[[], Listener]):
+        self.__dict__.update(_config=config, _listener=listener)
+
+    def __getattr__(self, name: str):
+        # also catches copies and pickles in the making, which have no _config yet
+        if name == "_config":
+            raise AttributeError(name)
+        return NAME if name == "_attn_implementation" else getattr(self._config, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        setattr(self._config, name, value)
+
+    @property
+    def kernel(self) -> str:
+        return self._config._attn_implementation
+
+
+def attach_tap(module: nn.Module, listener: Callable[[], Listener]) -> Callable[[], None]:
+    """Have attention `module` compute the rows that `listener()` yields requests for; returns the undo.
+
+    Raises:
+        UnsupportedError: if the module does not choose its kernel by its config's implementation name.
+    """
+    config = getattr(module, "config", None)
+    if not hasattr(config, "_attn_implementation"):
+        raise UnsupportedError(
+            f"{type(module).__name__} does not choose its attention kernel through transformers' AttentionInterface, so no "
+            f"attention rows can be taken from it."
+        )
+    if NAME not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(NAME, tapped_attention)
+    module.config = TapConfig(config, listener)
+
+    def undo() -> None:
+        module.config = config
+
+    return undo
+
+
+def real_kernel(module: nn.Module, name: str) -> Callable:
+    """The function that `module` would have called under implementation `name`."""
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    # "eager" is no registry entry: each modeling file has its own
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if name != "eager" or eager is None:
+        raise UnsupportedError(f"{type(module).__name__}: no attention function for implementation {name!r}.")
+    return eager
+
+
+def tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    """The entry behind `NAME`: the model's own kernel, then the rows."""
+    tap: TapConfig = module.config
+    output = real_kernel(module, tap.kernel)(module, query, key, value, attention_mask, **kwargs)
+    for request, sink in tap._listener():
+        scaling = kwargs.get("scaling")
+        sink(attention_rows(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, request))
+    return output
+
+
+def attention_rows(query: Tensor, key: Tensor, value: Tensor, scaling: float, request: Request) -> Rows:
+    """Rows of softmax(q k^T) for the requested queries over the requested keys.
+
+    Parameters:
+        query: [B, H, L, d]; key, value: [B, Hkv, S, d], after position embedding, cached keys first.
+    """
+    batch, heads, _, width = query.shape
+    groups = heads // key.shape[1]
+    if request.rows is None:
+        q = query.float().mean(2, keepdim=True)
+        rows_valid = torch.ones(batch, 1, dtype=torch.bool, device=query.device)
+    else:
+        q = query.gather(2, request.rows[:, None, :, None].expand(-1, heads, -1, width)).float()
+        rows_valid = request.rows_valid
+    count = q.shape[2]
+    # query heads of one group share a key head: fold them into the row dimension instead of repeating the keys
+    q = q.reshape(batch, key.shape[1], groups * count, width)
+    logits = torch.matmul(q, key.float().transpose(-1, -2)).mul_(scaling)
+    logits = logits.view(batch, heads, count, -1)
+
+    seen = request.keys_valid[:, None, None, :] if request.keys_valid is not None else None
+    if request.offset is not None:
+        last = (request.rows + request.offset)[:, None, :, None]
+        causal = torch.arange(key.shape[2], device=key.device) <= last
+        seen = causal if seen is None else causal & seen
+    if seen is not None:
+        logits = logits.masked_fill(~seen, float("-inf"))
+    lse = logits.logsumexp(-1)
+
+    def pick(t: Tensor) -> Tensor:
+        return t.gather(2, request.columns[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
+
+    columns = request.columns[:, None, None, :].expand(-1, heads, count, -1)
+    rows = Rows(logits.gather(3, columns), lse, rows_valid)
+    if request.needs.keys:
+        rows.keys = pick(key).float()
+    if request.needs.values:
+        rows.values = pick(value).float()
+        if request.rows is None:
+            rows.query_values = value.float().mean(2, keepdim=True)
+        else:
+            # in self-attention the queries are the last keys
+            at = request.rows + (key.shape[2] - query.shape[2])
+            rows.query_values = value.gather(2, at[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3])).float()
+    return rows
+
+
+def kernel_mask(
+    kernel: str, queries: int, past: int, keys_valid: Tensor | None, index: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """The causal mask of a layer in the form that `kernel` takes; None wherever the kernel needs none.
+
+    Parameters:
+        queries, past: new and cached keys.
+        keys_valid: bool [B, past + queries], or None if all are real.
+        index: any tensor [B, ...] on the right device.
+    Raises:
+        UnsupportedError: for a kernel whose mask form is not known here.
+    """
+    if "flash" in kernel:
+        return keys_valid  # causal by itself, aligned to the last key
+    if kernel not in ("sdpa", "eager"):
+        raise UnsupportedError(
+            f"attention kernel {kernel!r}: tokens can be dropped under 'sdpa', 'eager' and the flash kernels. "
+            f"Load the model with attn_implementation='sdpa'."
+        )
+    # one query sees everything; sdpa is causal by itself when queries and keys are equally many
+    if keys_valid is None and (queries == 1 or (past == 0 and kernel == "sdpa")):
+        return None
+    allowed = causal_mask(queries, past, keys_valid, index.device).expand(index.shape[0], -1, -1, -1)
+    if kernel == "sdpa":
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def padding_mask(kernel: str, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bidirectional attention over padded rows: `valid` bool [B, S] in the form that `kernel` takes."""
+    if "flash" in kernel:
+        return valid
+    allowed = valid[:, None, None, :].expand(-1, 1, valid.shape[1], -1)
+    if kernel == "sdpa":
+        return allowed
+    if kernel == "eager":
+        return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+    raise UnsupportedError(
+        f"attention kernel {kernel!r} in the vision encoder: images that keep different numbers of patches can share a batch "
+        f"under 'sdpa', 'eager' and the flash kernels. Load the model with attn_implementation='sdpa'."
+    )

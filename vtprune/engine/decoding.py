@@ -1,0 +1,637 @@
+"""The decoder's side: one forward pass of the language model whose visual tokens leave before, inside or after it.
+
+A `Pass` lives for one call of the language model. It shortens the input (`select`), cuts between layers (`prefill`),
+hands every layer its own mask, positions and cache layer, restores the output to the fed length, evicts from the cache
+(`decode`) and leaves a report. What outlives it sits in the cache (`PrunedLayer`) or beside the image features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from vtprune.engine.attention import Request, kernel_mask
+from vtprune.engine.cache import PrunedLayer, cache_bytes, check_cache, pruned_layer
+from vtprune.engine.encoding import ImageTokens
+from vtprune.engine.items import Item, checked, slice_rows, stack_carry, unstack_carry
+from vtprune.engine.stream import Stream, compress, groups, join_valid, take
+from vtprune.families.base import Site
+from vtprune.measure.clock import Clock
+from vtprune.measure.flops import linear_flops_per_token, stack_flops
+from vtprune.pruner import (
+    DecodeView,
+    Needs,
+    NothingPrunedError,
+    PrefillView,
+    Pruner,
+    Rows,
+    SelectView,
+    UnsupportedError,
+)
+from vtprune.reporting import Report, SampleReport
+
+
+@dataclass
+class Plan:
+    """What a session prepared once for all calls.
+
+    Parameters:
+        pruner, positions: as wrapped; site: the model's places.
+        prefill: {layer: Needs} of the `prefill` stage; decode: of the `decode` stage.
+    """
+
+    pruner: Pruner
+    positions: str
+    site: Site
+    prefill: Mapping[int, Needs]
+    decode: Mapping[int, Needs]
+
+    @property
+    def compact(self) -> bool:
+        return self.positions == "compact"
+
+    @property
+    def depth(self) -> int:
+        return len(self.site.decoder_layers)
+
+    @property
+    def kernel(self) -> str:
+        return self.site.decoder.config._attn_implementation
+
+
+@dataclass
+class Decision:
+    """What one sample's prefill decided, for runs that feed the whole sequence again (no cache)."""
+
+    prompt: Tensor
+    entered: list[Tensor]
+    layers: dict[int, Tensor]
+
+
+class Pass:
+    """One call of the language model.
+
+    Parameters:
+        plan: see there.
+        clock: where time is counted.
+        input_ids: LongTensor [B, L] as the user fed them, or None if embeddings were fed.
+        placeholders: bool [B, L], where image features were put; None if there are no images.
+        features: projected features per image, in the order of their placeholders.
+    """
+
+    def __init__(self, plan: Plan, clock: Clock, input_ids=None, placeholders=None, features: list[Tensor] | None = None):
+        self.plan, self.clock, self.input_ids, self.placeholders = plan, clock, input_ids, placeholders
+        self.features = features or []
+        self.stream: Stream | None = None
+        self.streams: list[Stream] = []
+        self.rows: dict[tuple[str, int], Rows] = {}
+        self.items: list[Item] = []
+        self.cache: Cache | None = None
+        self.past_valid: Tensor | None = None
+        self.logical: Tensor | None = None
+        self.replays: list[Decision | None] | None = None
+        self.evicted: dict[int, Tensor] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether layers need anything from this pass."""
+        return self.stream is not None
+
+    # ------------------------------------------------------------------ before the decoder
+
+    def begin(self, kwargs: dict) -> dict | None:
+        """Prepare the pass from the language model's arguments; returns them shortened, or None to leave them."""
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        self.cache = cache
+        pruned_before = cache is not None and any(isinstance(layer, PrunedLayer) for layer in cache.layers)
+        if not self.features and not pruned_before:
+            return None
+        if embeds is None:
+            embeds = self.plan.site.decoder.get_input_embeddings()(kwargs.pop("input_ids"))
+            kwargs["inputs_embeds"] = embeds
+        with self.clock.span("selection"):
+            return self._begin(embeds, kwargs, pruned_before)
+
+    def _begin(self, embeds: Tensor, kwargs: dict, pruned_before: bool) -> dict:
+        batch, length, device = *embeds.shape[:2], embeds.device
+        config = self.plan.site.decoder.config
+        use_cache = kwargs.get("use_cache")
+        use_cache = config.use_cache if use_cache is None else use_cache
+        asks = self.features and self.plan.pruner.asks_to_prune(tuple(len(f) for f in self.features))
+        if use_cache and self.cache is None:
+            self.cache = kwargs["past_key_values"] = DynamicCache(config=config)
+        if self.cache is not None and asks:
+            check_cache(self.cache, self.plan.depth)
+        past = 0 if self.cache is None else self.cache.get_seq_length()
+
+        valid = self._read_mask(kwargs.get("attention_mask"), past, length)
+        self.logical = kwargs.get("position_ids")
+        if self.logical is None:
+            self.logical = torch.arange(past, past + length, device=device)[None]
+        index = torch.arange(length, device=device).expand(batch, -1)
+        left = valid is None or bool(valid[:, -1].all())  # rows that end with padding are padded on the right
+        visual = torch.full((batch, length), -1, device=device)
+        self.stream = Stream(length, index, valid, visual, left=left)
+        if self.features:
+            kwargs = self._enter(embeds, kwargs, past, use_cache)
+        # from here on each layer gets its own mask; the model must not build one for lengths that layers do not have
+        if self.stream.pruned or (pruned_before and isinstance(self.cache.layers[0], PrunedLayer)):
+            kwargs = {**kwargs, "attention_mask": None}
+        return kwargs
+
+    def _read_mask(self, mask: Tensor | None, past: int, length: int) -> Tensor | None:
+        """Split a padding mask into what is cached and what is fed; None where nothing is padded."""
+        if mask is None:
+            return None
+        if mask.ndim != 2:
+            raise UnsupportedError(
+                f"a {mask.ndim}-D attention mask together with pruning: token numbers in it would no longer hold. Pass the "
+                f"2-D padding mask [batch, tokens], or none."
+            )
+        mask = mask.bool()
+        if bool(mask.all()):
+            return None
+        self.past_valid = mask[:, :past] if past else None
+        return mask[:, -length:]
+
+    def _enter(self, embeds: Tensor, kwargs: dict, past: int, use_cache: bool) -> dict:
+        """Number the visual tokens, run `select`, and shorten the embeddings by all that has left so far."""
+        records = [ImageTokens.of(f) for f in self.features]
+        where = self.placeholders.nonzero()
+        total = sum(r.size for r in records)
+        if len(where) != total:
+            raise UnsupportedError(
+                f"the prompt has {len(where)} image placeholder tokens, the images make {total} visual tokens. Let the "
+                f"processor build prompt and images together, one placeholder per image."
+            )
+        starts = torch.tensor([0, *(r.size for r in records)]).cumsum(0)
+        ends = where[(starts[1:] - 1).to(where.device), 0].tolist()
+        rows = where[starts[:-1].to(where.device), 0].tolist()
+        if rows != ends:
+            raise UnsupportedError("an image's placeholder tokens are spread over two samples of the batch.")
+        self._images: list[list[int]] = [[] for _ in range(embeds.shape[0])]
+        for image, row in enumerate(rows):
+            self._images[row].append(image)
+        self.stream.visual.copy_(torch.where(self.placeholders, self.placeholders.long().cumsum(1) - 1, -1))
+
+        if past == 0 and not use_cache:
+            self.replays = self._find_replays(records)
+        # a fresh copy per call: features may be fed again with another question
+        items = [
+            Item(r.item.index, (r.size,), dict(r.item.carry), {k: list(v) for k, v in r.item.merged.items()}) for r in records
+        ]
+        if self.replays is not None:
+            for row, decision in enumerate(self.replays):
+                for image, entered in zip(self._images[row], decision.entered if decision else [], strict=True):
+                    items[image].index = entered
+        elif self.plan.pruner.part("select") is not None:
+            self._select(items, records, where, starts, embeds)
+
+        if sum(len(item.index) for item in items) < total:
+            alive = torch.zeros(total, dtype=torch.bool, device=embeds.device)
+            alive[torch.cat([item.index + start for item, start in zip(items, starts.tolist(), strict=False)])] = True
+            lost = self.placeholders.masked_scatter(self.placeholders, ~alive)
+            self.stream, gather = self.stream.drop(lost)
+            kwargs = {
+                **kwargs,
+                "inputs_embeds": take(embeds, gather),
+                "position_ids": self.stream.positions(self.logical, self.plan.compact, None),
+            }
+        self._records = records
+        self._image_items = items
+        self.items = [self._join([items[i] for i in images]) for images in self._images]
+        return kwargs
+
+    def _find_replays(self, records: list[ImageTokens]) -> list[Decision | None] | None:
+        """Decisions of an earlier, shorter run of the same prompts over the same features, if all rows have one."""
+        if self.input_ids is None:
+            return None
+        found: list[Decision | None] = []
+        for row, images in enumerate(self._images):
+            if not images:
+                found.append(None)
+                continue
+            prompt = self._prompt(row)
+            match = next((d for ids, d in records[images[0]].replays if torch.equal(ids, prompt[: len(ids)])), None)
+            if match is None:
+                return None
+            found.append(match)
+        return found
+
+    def _prompt(self, row: int) -> Tensor:
+        valid = self.streams[0].valid if self.streams else self.stream.valid
+        ids = self.input_ids[row]
+        return ids if valid is None or valid.shape[1] != len(ids) else ids[valid[row]]
+
+    def _join(self, items: list[Item]) -> Item:
+        """Images of one sample, numbered one after the other."""
+        if not items:
+            return Item(torch.zeros(0, dtype=torch.long), ())
+        offsets = [0]
+        for item in items:
+            offsets.append(offsets[-1] + item.sizes[0])
+        names = set.intersection(*(set(i.carry) for i in items))
+        return Item(
+            torch.cat([item.index + o for item, o in zip(items, offsets, strict=False)]),
+            tuple(item.sizes[0] for item in items),
+            {name: torch.cat([i.carry[name] for i in items]) for name in names},
+            {k + o: [v + o for v in vs] for item, o in zip(items, offsets, strict=False) for k, vs in item.merged.items()},
+        )
+
+    def _select(self, items: list[Item], records: list[ImageTokens], where: Tensor, starts: Tensor, embeds: Tensor) -> None:
+        strategy = self.plan.pruner.part("select")
+        first = {image: at for images in self._images for at, image in enumerate(images)}
+        text_of: dict[int, Tensor] = {}
+        text_mask = ~self.placeholders if self.stream.valid is None else self.stream.valid & ~self.placeholders
+
+        def text(row: int) -> Tensor:
+            if row not in text_of:
+                text_of[row] = embeds[row][text_mask[row]]
+            return text_of[row]
+
+        row_of = {image: row for row, images in enumerate(self._images) for image in images}
+        flat = embeds.reshape(-1, embeds.shape[-1])
+        slots = where[:, 0] * embeds.shape[1] + where[:, 1]
+        for group in groups([(len(item.index), item.sizes) for item in items]):
+            members = [items[i] for i in group]
+            index = torch.stack([item.index for item in members])
+            begin = starts[torch.tensor(group)].to(index.device)
+            view = SelectView(
+                index=index,
+                sizes=members[0].sizes,
+                carry=stack_carry(members),
+                features=flat[slots[index + begin[:, None]]],
+                grid=self.plan.site.grid(records[group[0]].size),
+                ordinal=torch.tensor([first[i] for i in group]),
+                text=[text(row_of[i]) for i in group],
+            )
+            keep = strategy.select(view)
+            unstack_carry(members, view.carry)
+            if keep is None:
+                continue
+            indices, vectors, into = checked(keep, len(group), view.tokens, f"{strategy.name}.select")
+            for at, item in enumerate(members):
+                item.cut(indices[at], into[at] if into else None)
+                if vectors is not None:
+                    flat[slots[item.index + begin[at]]] = vectors[at].to(flat.dtype)
+
+    # ------------------------------------------------------------------ between layers
+
+    def before_layer(self, layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Cut before `layer` if its turn has come; give it mask, positions and cache layer where they differ."""
+        if not self.active:
+            return None
+        with self.clock.span("selection"):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if layer in self.plan.prefill and self.items:
+                hidden = self._cut(layer, hidden)
+            self.streams.append(self.stream)
+            caches = self.cache.layers if self.cache is not None else []
+            own = self.stream.pruned or any(isinstance(caches[i], PrunedLayer) for i in {0, layer} if i < len(caches))
+            if not own:
+                return None
+            kwargs = {**kwargs, **self._layer_arguments(layer, hidden, kwargs)}
+            return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+
+    def _layer_arguments(self, layer: int, hidden: Tensor, kwargs: dict) -> dict:
+        stream, kernel = self.stream, self.plan.kernel
+        past, past_valid, shift, cached = 0, None, None, None
+        if self.cache is not None:
+            cached = pruned_layer(self.cache, layer, self.past_valid)
+            past, past_valid, shift = cached.physical, cached.valid, cached.shift
+        queries = stream.index.shape[1]
+        keys_valid = stream.memo(
+            ("valid", past, id(past_valid)),
+            lambda: join_valid(past_valid, past, stream.valid, stream.index),
+            past_valid,
+        )
+        mask = stream.memo(
+            ("mask", kernel, past, id(keys_valid)),
+            lambda: kernel_mask(kernel, queries, past, keys_valid, stream.index, hidden.dtype),
+            keys_valid,
+        )
+        positions, rotary = stream.memo(("rope", id(shift)), lambda: self._rotary(hidden, shift), shift)
+        if cached is not None:
+            cached.expect(stream.length, keys_valid, stream.pruned)
+            if self.plan.compact and stream.pruned:
+                dropped = stream.memo("dropped", lambda: stream.gone.sum(1))
+                cached.shift = stream.memo(("shift", id(shift)), lambda: dropped if shift is None else shift + dropped, shift)
+        given = {"attention_mask": mask, "position_embeddings": rotary}
+        if "position_ids" in kwargs:
+            # flash kernels read gaps in position ids as packed sequences; the rotation is already in the embeddings
+            given["position_ids"] = None if "flash" in kernel else positions
+        return given
+
+    def _rotary(self, hidden: Tensor, shift: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        positions = self.stream.positions(self.logical, self.plan.compact, shift)
+        return positions, self.plan.site.rotary(hidden, position_ids=positions)
+
+    def _cut(self, layer: int, hidden: Tensor) -> Tensor:
+        counts, slots, numbers = self.stream.visual_slots()
+        lost = torch.zeros(self.stream.index.shape, dtype=torch.bool, device=hidden.device)
+        some = False
+        if self.replays is not None:
+            for row, decision in enumerate(self.replays):
+                if decision is not None and counts[row]:
+                    stays = torch.isin(numbers[row, : counts[row]], decision.layers[layer])
+                    lost[row, slots[row, : counts[row]]] = ~stays
+            some = bool(lost.any())
+        else:
+            strategy, rows = self.plan.pruner.part("prefill"), self.rows.pop(("prefill", layer - 1), None)
+            computed = [[c[i] for c in (s.visual_slots()[0] for s in self.streams)] for i in range(len(counts))]
+            for group, view in self._views(counts, slots, numbers, rows):
+                members = [self.items[i] for i in group]
+                view = PrefillView(
+                    **view,
+                    layer=layer,
+                    depth=self.plan.depth,
+                    hidden=take(hidden[group], slots[group][:, : counts[group[0]]])
+                    if self.plan.prefill[layer].hidden
+                    else None,
+                    computed=tuple(computed[group[0]]),
+                )
+                keep = strategy.prefill(view)
+                unstack_carry(members, view.carry)
+                if keep is None:
+                    continue
+                indices, vectors, into = checked(keep, len(group), view.tokens, f"{strategy.name}.prefill")
+                if vectors is not None:
+                    hidden = hidden.clone()
+                for at, row in enumerate(group):
+                    stays = slots[row, indices[at]]
+                    if vectors is not None:
+                        hidden[row, stays] = vectors[at].to(hidden.dtype)
+                    if len(stays) < view.tokens:
+                        lost[row, slots[row, : counts[row]]] = True
+                        lost[row, stays] = False
+                        some = True
+                    self.items[row].cut(indices[at], into[at] if into else None)
+        if not some:
+            return hidden
+        self.stream, gather = self.stream.drop(lost)
+        return take(hidden, gather)
+
+    def _views(self, counts: list[int], slots: Tensor, numbers: Tensor, rows: Rows | None) -> Iterator[tuple[list[int], dict]]:
+        """Samples of equal token count and image sizes together, with what every view has."""
+        keys = [(n, self.items[i].sizes) for i, n in enumerate(counts)]
+        for group in groups(keys):
+            n = counts[group[0]]
+            if n == 0:
+                continue
+            members = [self.items[i] for i in group]
+            yield (
+                group,
+                {
+                    "index": numbers[group][:, :n],
+                    "sizes": members[0].sizes,
+                    "carry": stack_carry(members),
+                    "rows": slice_rows(rows, group, n),
+                },
+            )
+
+    def requests(self, layer: int) -> Iterator[tuple[Request, Callable[[Rows], None]]]:
+        """The attention rows wanted of decoder layer `layer`."""
+        if not self.active or not self.items or self.replays is not None:
+            return
+        wanted = [("prefill", self.plan.prefill.get(layer + 1)), ("decode", self.plan.decode.get(layer))]
+        wanted = [(stage, need) for stage, need in wanted if need is not None and need.queries is not None]
+        if not wanted:
+            return
+        with self.clock.span("selection"):
+            stream = self.stream
+            counts, slots, _ = stream.visual_slots()
+            if max(counts) == 0:
+                return
+            past, past_valid = self._past(layer, stream)
+            keys_valid = join_valid(past_valid, past, stream.valid, stream.index)
+            for stage, need in wanted:
+                rows, rows_valid = self._query_rows(need.queries)
+                request = Request(need, rows, rows_valid, slots + past, keys_valid, past)
+                yield request, lambda found, stage=stage: self.rows.__setitem__((stage, layer), found)
+
+    def _past(self, layer: int, stream: Stream) -> tuple[int, Tensor | None]:
+        """Cached keys before this pass, seen from inside the layer, where its own keys have been appended already."""
+        if self.cache is None:
+            return 0, None
+        cached, new = self.cache.layers[layer], stream.index.shape[1]
+        past = cached.keys.shape[-2] - new
+        if isinstance(cached, PrunedLayer):
+            return past, None if cached.valid is None else cached.valid[:, :past]
+        return past, self.past_valid
+
+    def _query_rows(self, queries: str) -> tuple[Tensor, Tensor]:
+        stream = self.stream
+        batch, n = stream.index.shape
+
+        def last() -> Tensor:
+            if stream.valid is None or stream.left:
+                return torch.full((batch, 1), n - 1, device=stream.index.device)
+            return stream.valid.sum(1, keepdim=True) - 1
+
+        if queries == "last":
+            rows = stream.memo("last", last)
+            return rows, torch.ones_like(rows, dtype=torch.bool)
+        if queries != "text":
+            raise ValueError(f"queries={queries!r} in a decoder stage: 'last' or 'text'.")
+
+        def text() -> tuple[Tensor, Tensor]:
+            is_text = stream.numbers < 0 if stream.valid is None else stream.valid & (stream.numbers < 0)
+            after = (stream.numbers >= 0).long().cumsum(1) > 0
+            index, valid = compress(is_text & after, left=False)
+            return index, torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+
+        return stream.memo("text", text)
+
+    # ------------------------------------------------------------------ after the decoder
+
+    def finish(self, output):
+        """Restore the output to the fed length, evict from the cache; returns the output, or None to leave it."""
+        if not self.active:
+            return None
+        with self.clock.span("selection"):
+            if self.items and self.cache is not None:
+                for layer in sorted(self.plan.decode):
+                    self._evict(layer)
+            if not self.stream.pruned:
+                return None
+            hidden = self.stream.restore(output[0])
+            if isinstance(output, tuple):
+                return (hidden, *output[1:])
+            output.last_hidden_state = hidden
+            return output
+
+    def _evict(self, layer: int) -> None:
+        stream, strategy = self.streams[layer], self.plan.pruner.part("decode")
+        counts, slots, numbers = stream.visual_slots()
+        rows = self.rows.pop(("decode", layer), None)
+        past, past_valid = self._past(layer, stream)
+        at_end = torch.zeros(len(counts), 1 + max(sum(i.sizes) for i in self.items), dtype=torch.bool, device=slots.device)
+        at_end.scatter_(1, self.stream.numbers + 1, True)
+        lost = torch.zeros(stream.index.shape, dtype=torch.bool, device=slots.device)
+        some = False
+        for group, view in self._views(counts, slots, numbers, rows):
+            view["carry"] = {}  # carried tensors follow the last layer's survivors, not this layer's tokens
+            view = DecodeView(**view, layer=layer, depth=self.plan.depth, survived=at_end[group].gather(1, view["index"] + 1))
+            keep = strategy.decode(view)
+            if keep is None:
+                continue
+            indices, _, _ = checked(keep, len(group), view.tokens, f"{strategy.name}.decode")
+            for at, row in enumerate(group):
+                if len(indices[at]) < view.tokens:
+                    lost[row, slots[row, : counts[row]]] = True
+                    lost[row, slots[row, indices[at]]] = False
+                    some = True
+        if not some:
+            return
+        keys_valid = join_valid(past_valid, past, stream.valid, stream.index)
+        gone = torch.cat([lost.new_zeros(lost.shape[0], past), lost], -1)
+        alive = ~gone if keys_valid is None else keys_valid & ~gone
+        pruned_layer(self.cache, layer, keys_valid).evict(*compress(alive, left=True))
+        self.evicted[layer] = lost
+
+    # ------------------------------------------------------------------ what is left behind
+
+    def remember(self) -> None:
+        """Keep this prefill's decisions beside the features, for a run without cache that feeds everything again."""
+        if not self.items or self.cache is not None or self.replays is not None or self.input_ids is None:
+            return
+        for row, images in enumerate(self._images):
+            if images:
+                entered = [self._image_items[i].index for i in images]
+                layers = {layer: self._computed(row, layer) for layer in self.plan.prefill}
+                prompt = self._prompt(row).clone()
+                self._records[images[0]].replays.append((prompt, Decision(prompt, entered, layers)))
+
+    def _computed(self, row: int, layer: int) -> Tensor:
+        counts, _, numbers = self.streams[layer].visual_slots()
+        return numbers[row, : counts[row]]
+
+    def report(self) -> Report | None:
+        """What this prefill kept, saved and cost; None for a pass without images.
+
+        Raises:
+            NothingPrunedError: if the budget asked for fewer tokens and none was dropped.
+        """
+        if not self.items:
+            return None
+        rows = self._distinct_rows()
+        grid, depth = self.plan.site.grid, self.plan.depth
+        samples = []
+        for row in rows:
+            item, images = self.items[row], self._images[row]
+            layers = [self._computed(row, layer) for layer in range(depth)]
+            samples.append(
+                SampleReport(
+                    visual_tokens=sum(item.sizes),
+                    kept=layers[0],
+                    layers=layers,
+                    cached=[self._cached(row, layer) for layer in range(depth)] if self.cache is not None else [],
+                    encoded=self._encoded(images),
+                    merged=item.merged,
+                    images=list(item.sizes),
+                    grids=[grid(size) for size in item.sizes],
+                )
+            )
+        self._check_pruned(samples)
+        full_bytes = 0
+        if self.cache is not None:
+            logical = self.cache.get_seq_length()
+            full_bytes = sum(
+                2 * layer.keys.shape[0] * layer.keys.shape[1] * logical * layer.keys.shape[3] * layer.keys.element_size()
+                for layer in self.cache.layers
+                if layer.keys is not None
+            )
+        flops, flops_full = self._flops()
+        return Report(
+            strategy=self.plan.pruner.describe(),
+            positions=self.plan.positions,
+            samples=samples,
+            kv_bytes=cache_bytes(self.cache),
+            kv_bytes_full=full_bytes,
+            flops=flops,
+            flops_full=flops_full,
+            clock=self.clock,
+        )
+
+    def _distinct_rows(self) -> list[int]:
+        """Rows without the copies that beams and returned sequences make: those carry the very same feature objects."""
+        rows, last = [], None
+        for row, images in enumerate(self._images):
+            key = tuple(id(self.features[i]) for i in images)
+            if not key or key != last:
+                rows.append(row)
+            last = key
+        return rows
+
+    def _cached(self, row: int, layer: int) -> Tensor:
+        lost = self.evicted.get(layer)
+        if lost is None:
+            return self._computed(row, layer)
+        counts, slots, numbers = self.streams[layer].visual_slots()
+        stays = ~lost[row, slots[row, : counts[row]]]
+        return numbers[row, : counts[row]][stays]
+
+    def _encoded(self, images: list[int]) -> list[tuple[int, Tensor]]:
+        """Survivors after each encoder cut, over all images of a sample."""
+        blocks = sorted({block for i in images for block, _ in self._records[i].item.cuts})
+        result, offsets, total = [], [], 0
+        for i in images:
+            offsets.append(total)
+            total += self._records[i].size
+        for block in blocks:
+            parts = []
+            for i, offset in zip(images, offsets, strict=True):
+                done = [index for at, index in self._records[i].item.cuts if at <= block]
+                size = self._records[i].size
+                parts.append((done[-1] if done else torch.arange(size, device=self.stream.index.device)) + offset)
+            result.append((block, torch.cat(parts)))
+        return result
+
+    def _check_pruned(self, samples: list[SampleReport]) -> None:
+        for sample in samples:
+            if not sample.visual_tokens or not self.plan.pruner.asks_to_prune(tuple(sample.images)):
+                continue
+            smallest = min(len(t) for t in [*sample.layers, *sample.cached])
+            if smallest == sample.visual_tokens and self.cache is not None:
+                raise NothingPrunedError(
+                    f"{self.plan.pruner.describe()} was asked to prune {sample.visual_tokens} visual tokens and dropped none."
+                )
+
+    def _flops(self) -> tuple[int, int]:
+        past = self.cache.get_seq_length() - self.stream.length if self.cache is not None else 0
+        decoder = self.plan.site.decoder_layers
+        fed = self._fed_tokens()
+        per_layer = []
+        for stream in self.streams:
+            n = stream.index.shape[1]
+            counts = [n] * len(fed) if stream.valid is None else stream.valid.sum(1).tolist()
+            per_layer.append([(c, past + c) for c in counts])
+        flops = stack_flops(decoder, per_layer)
+        full = stack_flops(decoder, [[(n, past + n) for n in fed]] * len(decoder))
+        projector = linear_flops_per_token(self.plan.site.projector)
+        seen: set[int] = set()
+        for record in self._records:
+            encoding = record.encoding
+            if encoding is None or id(encoding) in seen:
+                continue
+            seen.add(id(encoding))
+            blocks = self.plan.site.encoder_layers
+            flops += stack_flops(blocks, [[(n, n) for n in lengths] for lengths in encoding.lengths])
+            full += stack_flops(blocks, [[(encoding.sequence,) * 2] * len(encoding.items)] * len(blocks))
+        unique = {id(r): r for r in self._records}.values()
+        flops += projector * sum(len(r.item.index) for r in unique)
+        full += projector * sum(r.size for r in unique)
+        return flops, full
+
+    def _fed_tokens(self) -> list[int]:
+        """Real tokens that the user fed, per row."""
+        kept = [
+            self.streams[0].index.shape[1] if self.streams[0].valid is None else int(self.streams[0].valid[row].sum())
+            for row in range(len(self.items))
+        ]
+        lost = [sum(item.sizes) - len(self._computed(row, 0)) for row, item in enumerate(self.items)]
+        return [k + n for k, n in zip(kept, lost, strict=True)]

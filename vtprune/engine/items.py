@@ -1,0 +1,97 @@
+"""Between the engine's padded tensors and a strategy's views: one item (image or sample) is a row with a count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vtprune.pruner import Keep, Rows, VtpruneError
+
+
+@dataclass
+class Item:
+    """What is known of the visual tokens of one image or sample, as pruning goes on.
+
+    Parameters:
+        index: LongTensor [N], the survivors' numbers before any pruning.
+        sizes: tokens of each of its images before any pruning.
+        carry: per-token tensors [N, ...].
+        merged: {survivor: numbers averaged into it}.
+        cuts: (layer, survivors' numbers) after each cut.
+    """
+
+    index: Tensor
+    sizes: tuple[int, ...]
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    merged: dict[int, list[int]] = field(default_factory=dict)
+    cuts: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def cut(self, kept: Tensor, into: Tensor | None) -> None:
+        """Keep the tokens at `kept` (ascending positions in this item)."""
+        if into is not None or self.merged:
+            self._merge(kept, into)
+        self.index = self.index[kept]
+        self.carry = {name: t[kept] for name, t in self.carry.items()}
+
+    def _merge(self, kept: Tensor, into: Tensor | None) -> None:
+        numbers, alive = self.index.tolist(), set(kept.tolist())
+        targets = [-1] * len(numbers) if into is None else into.tolist()
+        for at, number in enumerate(numbers):
+            if at in alive:
+                continue
+            gone = [number, *self.merged.pop(number, [])]
+            if targets[at] >= 0:
+                self.merged.setdefault(numbers[targets[at]], []).extend(gone)
+
+
+def stack_carry(items: list[Item]) -> dict[str, Tensor]:
+    """The carried tensors that all `items` (of equal count) have, batched."""
+    names = set.intersection(*(set(i.carry) for i in items))
+    return {name: torch.stack([i.carry[name] for i in items]) for name in names}
+
+
+def unstack_carry(items: list[Item], carry: dict[str, Tensor]) -> None:
+    for name, batched in carry.items():
+        for item, row in zip(items, batched, strict=True):
+            item.carry[name] = row
+
+
+def slice_rows(rows: Rows | None, group: list[int], count: int) -> Rows | None:
+    """The rows of a group of items that have `count` tokens each."""
+    if rows is None:
+        return None
+    if len(group) == rows.logits.shape[0] and count == rows.logits.shape[-1]:
+        return rows
+
+    def tokens(t: Tensor | None, dim: int) -> Tensor | None:
+        return None if t is None else t[group].narrow(dim, 0, count)
+
+    queries = None if rows.query_values is None else rows.query_values[group]
+    return Rows(
+        tokens(rows.logits, 3), rows.lse[group], rows.valid[group], tokens(rows.keys, 2), tokens(rows.values, 2), queries
+    )
+
+
+def checked(keep: Keep, items: int, tokens: int, who: str) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None]:
+    """A strategy's answer as one ascending LongTensor per item, with `hidden` and `into` alongside.
+
+    Raises:
+        VtpruneError: for indices of the wrong shape, repeated, out of range, or none at all.
+    """
+    indices = list(keep.indices)
+    if len(indices) != items or any(i.dtype != torch.long or i.ndim != 1 for i in indices):
+        raise VtpruneError(f"{who} returned indices for {len(indices)} of {items} items, or not as 1-D int64 per item.")
+    hidden = None if keep.hidden is None else list(keep.hidden)
+    kept = []
+    for at, index in enumerate(indices):
+        ordered = index.sort().values
+        if len(index) == 0:
+            raise VtpruneError(f"{who} kept no token of an image; at least one must stay.")
+        if bool((ordered[0] < 0) | (ordered[-1] >= tokens) | (ordered[1:] == ordered[:-1]).any()):
+            raise VtpruneError(f"{who} returned indices that repeat or lie outside 0 .. {tokens - 1}.")
+        kept.append(ordered)
+        if hidden is not None and len(hidden[at]) != len(index):
+            raise VtpruneError(f"{who} returned {len(hidden[at])} vectors for {len(index)} kept tokens.")
+    return kept, hidden, None if keep.into is None else list(keep.into)

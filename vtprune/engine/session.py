@@ -1,0 +1,314 @@
+"""A strategy attached to a model: hooks with a symmetric attach and detach, and the state of the calls in flight.
+
+Attached are: an instance override of `get_image_features`, hooks on the base model, the language model, its layers and
+(for encoder-stage strategies) the vision blocks, and taps on the attention modules that rows are wanted from. The state
+of a call is thread-local; what outlives a call sits in the cache or beside the image features. Nothing is global but
+transformers' own registry of attention functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from vtprune.engine.attention import attach_tap
+from vtprune.engine.decoding import Pass, Plan
+from vtprune.engine.encoding import Encoding, attach_records, new_clock
+from vtprune.families import locate
+from vtprune.pruner import BudgetError, Pipeline, Pruner, UnsupportedError
+from vtprune.reporting import Report
+
+
+class Call:
+    """One forward call of the base model, from its pre-hook to its hook."""
+
+    def __init__(self, clock, input_ids, placeholders, features):
+        self.clock, self.input_ids, self.placeholders, self.features = clock, input_ids, placeholders, features
+        self.mark = None
+
+
+class Session:
+    """One strategy on one model.
+
+    Parameters:
+        model: any module that holds a model of a supported family.
+        pruner: the strategy.
+        positions: "original", "compact", or None for the strategy's own.
+    Raises:
+        UnsupportedError: if the model, or something the strategy needs of it, is not supported.
+        BudgetError: if a field of the strategy does not fit the model's depth.
+    """
+
+    def __init__(self, model: nn.Module, pruner: Pruner, positions: str | None = None):
+        if not isinstance(pruner, Pruner):
+            raise TypeError(f"a strategy is a Pruner (see vtprune.available()), found {type(pruner).__name__}.")
+        positions = pruner.positions if positions is None else positions
+        if positions not in ("original", "compact"):
+            raise BudgetError(f"positions={positions!r}: 'original' or 'compact'.")
+        self.model, self.pruner = model, pruner
+        self.site = locate(model)
+        missing = pruner.requires - self.site.capabilities()
+        if missing:
+            raise UnsupportedError(
+                f"{pruner.name} needs {', '.join(sorted(missing))} of the vision encoder, which {self.site.vision_type!r} "
+                f"does not have. See vtprune.available() for strategies that do without."
+            )
+        depth = len(self.site.decoder_layers)
+        part = {stage: pruner.part(stage) for stage in ("encode", "prefill", "decode")}
+        self.encode_needs, self.encode_depth = {}, 0
+        if part["encode"]:
+            self.encode_depth = self.site.feature_depth(None)
+            self.encode_needs = dict(part["encode"].encode_needs(self.encode_depth))
+            self.site.special_tokens()
+        self.plan = Plan(
+            pruner,
+            positions,
+            self.site,
+            dict(part["prefill"].prefill_needs(depth)) if part["prefill"] else {},
+            dict(part["decode"].decode_needs(depth)) if part["decode"] else {},
+        )
+        self._check_layers(self.encode_needs, 0, self.encode_depth, "encode")
+        self._check_layers(self.plan.prefill, 1, depth, "prefill")
+        self._check_layers(self.plan.decode, 0, depth, "decode")
+        self._local = threading.local()
+        self._undo: list[Callable[[], None]] = []
+        self._report: Report | None = None
+        self._noted = False
+
+    @property
+    def report(self) -> Report:
+        """The report of the last call that had images.
+
+        Raises:
+            RuntimeError: if there was none yet.
+        """
+        if self._report is None:
+            raise RuntimeError("no report yet: run generate() or forward() with at least one image first.")
+        return self._report
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._undo)
+
+    # ------------------------------------------------------------------ attach and detach
+
+    def attach(self) -> None:
+        """Install everything; on failure nothing is left installed."""
+        if self._undo:
+            return
+        try:
+            self._attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Remove everything, in reverse; the model is what it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _attach(self) -> None:
+        base, decoder = self.site.base, self.site.decoder
+        self._hook(self.model.register_forward_pre_hook, self._refuse_labels, with_kwargs=True)
+        self._override_features(base)
+        self._hook(base.register_forward_pre_hook, self._before_base, with_kwargs=True)
+        self._hook(base.register_forward_hook, self._after_base, always_call=True)
+        self._hook(decoder.register_forward_pre_hook, self._before_decoder, with_kwargs=True)
+        self._hook(decoder.register_forward_hook, self._after_decoder, always_call=True)
+        tapped = {layer - 1 for layer in self.plan.prefill} | set(self.plan.decode)
+        for at, layer in enumerate(self.site.decoder_layers):
+            self._hook(layer.register_forward_pre_hook, functools.partial(self._before_layer, at), with_kwargs=True)
+            if at in tapped:
+                self._undo.append(attach_tap(layer.self_attn, functools.partial(self._decoder_requests, at)))
+        for at, block in enumerate(self.site.encoder_layers):
+            self._hook(block.register_forward_pre_hook, functools.partial(self._before_block, at), with_kwargs=True)
+            need = self.encode_needs.get(at)
+            if need is not None:
+                # before transformers' own recording hooks, so that recorded features are the shortened ones
+                self._hook(block.register_forward_hook, functools.partial(self._after_block, at), prepend=True)
+                if need.queries is not None:
+                    self._undo.append(attach_tap(block.self_attn, functools.partial(self._encoder_requests, at)))
+
+    def _hook(self, register: Callable, hook: Callable, **options) -> None:
+        self._undo.append(register(hook, **options).remove)
+
+    def _override_features(self, base: nn.Module) -> None:
+        """An instance attribute in front of the class's method; `generate` and forward both look it up there."""
+        original, before = base.get_image_features, base.__dict__.get("get_image_features")
+
+        @functools.wraps(original)
+        def get_image_features(*args, **kwargs):
+            return self._encode(original, args, kwargs)
+
+        base.get_image_features = get_image_features
+
+        def undo() -> None:
+            if before is None:
+                del base.get_image_features
+            else:
+                base.get_image_features = before
+
+        self._undo.append(undo)
+
+    @staticmethod
+    def _check_layers(needs, low: int, high: int, stage: str) -> None:
+        outside = [layer for layer in needs if not low <= layer < high]
+        if outside:
+            raise BudgetError(f"the {stage} stage was asked to run at layers {outside}; this model has {low} .. {high - 1}.")
+
+    # ------------------------------------------------------------------ the vision encoder
+
+    def _encode(self, original: Callable, args: tuple, kwargs: dict):
+        """`get_image_features` with pruning; the output keeps its type and full length, dropped rows are zero."""
+        bound = inspect.signature(original).bind_partial(*args, **kwargs)
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        pruner = self.pruner.part("encode")
+        if pruner is not None and self.site.feature_depth(given.get("vision_feature_layer")) != self.encode_depth:
+            raise UnsupportedError(
+                f"vision_feature_layer={given['vision_feature_layer']} differs from the model's configuration, which the "
+                f"strategy was prepared for. Set it in the config before wrapping."
+            )
+        call = getattr(self._local, "call", None)
+        clock = call.clock if call is not None else new_clock(self.site.base)
+        config = self.site.encoder_layers[0].self_attn.config
+        self._local.encoding = encoding = Encoding(
+            pruner,
+            self.encode_needs,
+            self.encode_depth,
+            self.site.special_tokens() if pruner is not None else 0,
+            lambda: getattr(config, "kernel", config._attn_implementation),
+            self.site.grid,
+            clock,
+        )
+        as_tuple = kwargs.pop("return_dict", True) is False
+        try:
+            with clock.span("prefill" if call is None else "encode"):
+                output = original(*args, **kwargs, return_dict=True)
+        finally:
+            self._local.encoding = None
+        with clock.span("selection"):
+            output.pooler_output = attach_records(list(output.pooler_output), encoding)
+        if call is not None:
+            call.features = output.pooler_output
+        return output.to_tuple() if as_tuple else output
+
+    def _before_block(self, block: int, module, args, kwargs):
+        encoding = getattr(self._local, "encoding", None)
+        return None if encoding is None else encoding.before_block(block, args, kwargs)
+
+    def _after_block(self, block: int, module, args, output):
+        encoding = getattr(self._local, "encoding", None)
+        return None if encoding is None else encoding.after_block(block, output)
+
+    def _encoder_requests(self, block: int):
+        encoding = getattr(self._local, "encoding", None)
+        return () if encoding is None else encoding.requests(block)
+
+    # ------------------------------------------------------------------ the base model
+
+    def _refuse_labels(self, module, args, kwargs) -> None:
+        if kwargs.get("labels") is not None and any(
+            kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs")
+        ):
+            raise UnsupportedError(
+                "labels= together with images on a pruned model: a loss over dropped tokens is not defined. Compute the loss "
+                "from the returned logits, or unwrap the model for training."
+            )
+
+    def _before_base(self, module, args, kwargs) -> None:
+        self._local.call = None
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = {**bound, **bound.get("kwargs", {})}
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+        has_images = encoded is not None or given.get("pixel_values") is not None
+        length = (ids if ids is not None else embeds).shape[1]
+        placeholders = None
+        if has_images or length > 1:  # a decode step has no prompt to look at
+            if ids is not None:
+                placeholders = ids == self.site.image_token_id
+            else:
+                token = torch.tensor(self.site.image_token_id, device=embeds.device)
+                placeholders = (embeds == module.get_input_embeddings()(token)).all(-1)
+            if not has_images and bool(placeholders.any()):
+                raise UnsupportedError(
+                    f"the prompt has {int(placeholders.sum())} image placeholder tokens but no image was given. Pass "
+                    f"pixel_values from the processor, or take the placeholder out of the prompt."
+                )
+        features = None if encoded is None else list(encoded.pooler_output)
+        clock = new_clock(self.site.base)
+        for feature in features or []:
+            record = getattr(feature, "_vtprune", None)
+            if record is not None:
+                clock = record.encoding.clock.fork()
+                break
+            if self.pruner.part("encode") is not None:
+                raise UnsupportedError(
+                    f"{self.pruner.name} works inside the vision encoder, but these image features were computed before the "
+                    f"model was wrapped, or were sliced or copied since (chunked prefill does). Pass pixel_values instead."
+                )
+        self._local.call = call = Call(clock, ids, placeholders, features)
+        call.mark = clock.start("prefill")
+
+    def _after_base(self, module, args, output) -> None:
+        # runs after an exception as well
+        self._local.call = None
+
+    # ------------------------------------------------------------------ the language model
+
+    def _before_decoder(self, module, args, kwargs):
+        self._local.running = None
+        call = getattr(self._local, "call", None)
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+        given = {k: v for k, v in bound.arguments.items() if k != "kwargs"} | bound.arguments.get("kwargs", {})
+        if call is None:
+            running = Pass(self.plan, new_clock(self.site.base))
+        else:
+            running = Pass(self.plan, call.clock, call.input_ids, call.placeholders, call.features)
+        self._local.running = running
+        changed = running.begin(given)
+        return None if changed is None else ((), changed)
+
+    def _before_layer(self, layer: int, module, args, kwargs):
+        running = getattr(self._local, "running", None)
+        return None if running is None else running.before_layer(layer, args, kwargs)
+
+    def _decoder_requests(self, layer: int):
+        running = getattr(self._local, "running", None)
+        return () if running is None else running.requests(layer)
+
+    def _after_decoder(self, module, args, output):
+        running, self._local.running = getattr(self._local, "running", None), None
+        if running is None or output is None:  # None: the call raised
+            return None
+        changed = running.finish(output)
+        if not running.items:
+            return changed
+        call = getattr(self._local, "call", None)
+        if call is not None and call.mark is not None:
+            call.clock.stop(call.mark)
+        running.remember()
+        report = running.report()
+        report.notes = self._notes(report)
+        self._report = report
+        return changed
+
+    def _notes(self, report: Report) -> list[str]:
+        notes = []
+        parts = self.pruner.parts if isinstance(self.pruner, Pipeline) else [self.pruner]
+        smallest = min((n for s in report.samples for n in s.images), default=0)
+        for part in parts:
+            if isinstance(part.keep, int) and smallest and part.keep > smallest:
+                notes.append(
+                    f"{part.name}: keep={part.keep} exceeds an image's {smallest} visual tokens; all of them are kept."
+                )
+        if notes and not self._noted:
+            self._noted = True
+            warnings.warn("; ".join(notes), stacklevel=2)
+        return notes

@@ -1,0 +1,147 @@
+"""Which tokens of a forward pass are still flowing, per sample, and what follows from it: gathers, positions, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+def groups(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Indices of equal keys together, in order of first appearance."""
+    found: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        found.setdefault(key, []).append(i)
+    return list(found.values())
+
+
+def compress(alive: Tensor, left: bool) -> tuple[Tensor, Tensor | None]:
+    """Slots of each row that are alive, in order, padded to the longest row.
+
+    Parameters:
+        alive: bool [B, n].
+        left: pad on the left (rows end together) rather than on the right.
+    Returns:
+        LongTensor [B, m] into the n slots, and bool [B, m] marking the real ones (None if all rows are equally long).
+    """
+    counts = alive.sum(1)
+    longest, shortest = torch.stack([counts.max(), counts.min()]).tolist()  # decides a shape
+    order = torch.sort(alive, dim=1, descending=not left, stable=True).indices
+    index = order[:, order.shape[1] - longest :] if left else order[:, :longest]
+    # a stable sort keeps the order of equals, in either direction
+    return index, None if longest == shortest else alive.gather(1, index)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x[..., b, index[b], :] for x [..., B or 1, n, d] and index [B, m]."""
+    if x.shape[-3] != index.shape[0]:
+        x = x.expand(*x.shape[:-3], index.shape[0], *x.shape[-2:])
+    at = index[..., None].expand(*index.shape, x.shape[-1])
+    return x.gather(-2, at.expand(*x.shape[:-2], *at.shape[-2:]))
+
+
+@dataclass
+class Stream:
+    """The tokens that enter a decoder layer in this forward pass.
+
+    Parameters:
+        length: L, tokens that the user fed in this pass.
+        index: LongTensor [B, n] into them; valid: bool [B, n] or None if every slot is real.
+        visual: LongTensor [B, L], a visual token's number within its sample, -1 for text and padding.
+        gone: bool [B, L] or None, visual tokens dropped so far in this pass.
+        left: padding side.
+    """
+
+    length: int
+    index: Tensor
+    valid: Tensor | None
+    visual: Tensor
+    gone: Tensor | None = None
+    left: bool = True
+    _cache: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def pruned(self) -> bool:
+        return self.gone is not None
+
+    def memo(self, key: Hashable, make: Callable[[], object], *alive: object):
+        """Computed once per stream: consecutive layers share it. `alive` are objects whose id() is part of the key."""
+        if key not in self._cache:
+            self._cache[key] = make(), alive
+        return self._cache[key][0]
+
+    @property
+    def numbers(self) -> Tensor:
+        """LongTensor [B, n], each slot's visual number, -1 for text and padding."""
+
+        def make() -> Tensor:
+            numbers = self.visual.gather(1, self.index)
+            return numbers if self.valid is None else numbers.masked_fill(~self.valid, -1)
+
+        return self.memo("numbers", make)
+
+    def visual_slots(self) -> tuple[list[int], Tensor, Tensor]:
+        """Per sample the count of visual tokens; their slots and numbers, [B, max], right-padded."""
+
+        def make():
+            mask = self.numbers >= 0
+            counts = mask.sum(1).tolist()  # decides shapes
+            order = torch.sort(mask, dim=1, descending=True, stable=True).indices[:, : max(counts)]
+            return counts, order, self.numbers.gather(1, order)
+
+        return self.memo("visual", make)
+
+    def drop(self, lost: Tensor) -> tuple[Stream, Tensor]:
+        """The stream without the slots marked in `lost` (bool [B, n]), and the gather [B, m] that leads to it."""
+        alive = ~lost if self.valid is None else self.valid & ~lost
+        gather, valid = compress(alive, self.left)
+        gone = torch.zeros_like(self.visual, dtype=torch.bool) if self.gone is None else self.gone.clone()
+        gone.scatter_(1, self.index, lost | gone.gather(1, self.index))
+        return Stream(self.length, self.index.gather(1, gather), valid, self.visual, gone, self.left), gather
+
+    def gap(self) -> Tensor:
+        """LongTensor [B, n], how many visual tokens were dropped before each slot."""
+        return self.memo("gap", lambda: (self.gone.long().cumsum(1) - self.gone.long()).gather(1, self.index))
+
+    def positions(self, logical: Tensor, compact: bool, shift: Tensor | None) -> Tensor:
+        """Positions of the slots, from the fed tokens' `logical` ones [..., B or 1, L].
+
+        Parameters:
+            compact: renumber over what is gone.
+            shift: LongTensor [B] or None, what earlier passes over the same cache have already dropped.
+        """
+        index = self.index.expand(*logical.shape[:-2], *self.index.shape)
+        at = logical.expand(*logical.shape[:-2], *self.index.shape[:1], logical.shape[-1]).gather(-1, index)
+        if compact and self.gone is not None:
+            at = at - self.gap()
+        if compact and shift is not None:
+            at = at - shift[:, None]
+        return at
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """[B, n, D] back to the fed length [B, L, D]; rows of dropped tokens are zero."""
+        at = self.index if self.valid is None else self.index.masked_fill(~self.valid, self.length)
+        full = hidden.new_zeros(hidden.shape[0], self.length + 1, hidden.shape[2])
+        return full.scatter(1, at[..., None].expand_as(hidden), hidden)[:, : self.length]
+
+
+def join_valid(past_valid: Tensor | None, past: int, valid: Tensor | None, index: Tensor) -> Tensor | None:
+    """bool [B, past + n], which of the cached and the new keys are real; None if all are."""
+    if valid is None and past_valid is None:
+        return None
+    ones = torch.ones(index.shape[0], 1, dtype=torch.bool, device=index.device)
+    old = past_valid if past_valid is not None else ones.expand(-1, past)
+    return torch.cat([old, valid if valid is not None else ones.expand(-1, index.shape[1])], -1)
+
+
+def causal_mask(queries: int, past: int, keys_valid: Tensor | None, device: torch.device) -> Tensor:
+    """bool [B or 1, 1, queries, past + queries]: causal over cached and new keys, without those that only pad.
+
+    A padding query sees itself alone, as a row without any key is NaN under some kernels.
+    """
+    causal = torch.ones(queries, past + queries, dtype=torch.bool, device=device).tril(past)
+    if keys_valid is None:
+        return causal[None, None]
+    return ((causal & keys_valid[:, None, :]) | causal.triu(past))[:, None]

@@ -1,0 +1,134 @@
+"""What a model family declares: where its encoder, projector, decoder and visual tokens are, and their grid."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from vtprune.pruner import UnsupportedError
+
+
+def resolve(module: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
+    """The first of the dotted `paths` that exists below `module`."""
+    for path in paths:
+        found = module
+        for name in path.split("."):
+            found = getattr(found, name, None)
+            if found is None:
+                break
+        if found is not None:
+            return found
+    return None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family, declared.
+
+    Parameters:
+        name: for messages and tables.
+        base_classes: names of the base model classes (the ones with `get_image_features`, without LM head).
+        encoder_layers: dotted paths below the base model, first match wins.
+        projector: dotted paths of the projector.
+        decoder: dotted paths of the language model; its blocks are `decoder_layers` below it.
+        rotary: name of the decoder's rotary embedding module.
+        special_tokens: vision model type -> tokens before the patches in its sequence (1 for a class token).
+    """
+
+    name: str
+    base_classes: tuple[str, ...]
+    encoder_layers: tuple[str, ...] = ("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers")
+    projector: tuple[str, ...] = ("multi_modal_projector",)
+    decoder: tuple[str, ...] = ("language_model",)
+    decoder_layers: str = "layers"
+    rotary: str = "rotary_emb"
+    special_tokens: tuple[tuple[str, int], ...] = (("clip_vision_model", 1), ("siglip_vision_model", 0))
+
+
+@dataclass
+class Site:
+    """A family's places in one model."""
+
+    family: Family
+    base: nn.Module
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        return self._must(self.family.decoder, "language model")
+
+    @cached_property
+    def decoder_layers(self) -> list[nn.Module]:
+        # configs may use fewer layers than the module list holds; transformers slices the same way
+        return list(getattr(self.decoder, self.family.decoder_layers))[: self.decoder.config.num_hidden_layers]
+
+    @cached_property
+    def encoder_layers(self) -> list[nn.Module]:
+        return list(self._must(self.family.encoder_layers, "vision encoder blocks"))
+
+    @cached_property
+    def projector(self) -> nn.Module:
+        return self._must(self.family.projector, "projector")
+
+    @cached_property
+    def rotary(self) -> nn.Module:
+        return getattr(self.decoder, self.family.rotary)
+
+    @property
+    def vision_type(self) -> str:
+        return self.base.config.vision_config.model_type
+
+    @property
+    def image_token_id(self) -> int:
+        return self.base.config.image_token_id
+
+    def special_tokens(self) -> int:
+        """Tokens before the patches in the vision sequence.
+
+        Raises:
+            UnsupportedError: for a vision tower whose layout is not declared.
+        """
+        known = dict(self.family.special_tokens)
+        if self.vision_type not in known:
+            raise UnsupportedError(
+                f"{self.family.name} with a {self.vision_type!r} vision tower: its token layout is not declared (known: "
+                f"{', '.join(known)}). Strategies that work inside the encoder need it; add it to the family's "
+                f"special_tokens, or use a strategy of another stage."
+            )
+        return known[self.vision_type]
+
+    def capabilities(self) -> frozenset[str]:
+        """What strategies may require: "cls" if the encoder has a class token."""
+        return frozenset({"cls"}) if dict(self.family.special_tokens).get(self.vision_type, 0) else frozenset()
+
+    def feature_depth(self, layer: int | list[int] | None) -> int:
+        """Number of encoder blocks that feed the projector, for a `vision_feature_layer`.
+
+        Raises:
+            UnsupportedError: for several feature layers; tokens that leave between them would misalign.
+        """
+        layer = self.base.config.vision_feature_layer if layer is None else layer
+        if isinstance(layer, (list, tuple)):
+            if len(layer) != 1:
+                raise UnsupportedError(
+                    f"{self.family.name} with vision_feature_layer={list(layer)}: features of several encoder blocks are "
+                    f"joined per token, so no token may leave between them. Use a strategy of another stage."
+                )
+            layer = layer[0]
+        # hidden_states[0] is the embedding, hidden_states[j] the output of block j - 1
+        return layer if layer >= 0 else len(self.encoder_layers) + 1 + layer
+
+    def grid(self, tokens: int) -> tuple[int, int] | None:
+        """(rows, columns) of an image of `tokens` visual tokens, or None."""
+        side = math.isqrt(tokens)
+        return (side, side) if side * side == tokens else None
+
+    def _must(self, paths: tuple[str, ...], what: str) -> nn.Module:
+        found = resolve(self.base, paths)
+        if found is None:
+            raise UnsupportedError(
+                f"{type(self.base).__name__} looks like {self.family.name} but has no {what} at {' or '.join(paths)}."
+            )
+        return found

@@ -1,0 +1,366 @@
+"""The interface between strategies and the engine: budgets, what a stage sees, what it returns.
+
+Knows no model and no paper. A strategy subclasses `Pruner` and implements at most one method per stage:
+
+    encode   after a vision-encoder block           which patches go on
+    select   between projector and decoder          which visual tokens enter the decoder
+    prefill  before a decoder layer, in prefill     which visual tokens go on from this layer
+    decode   once after prefill, per decoder layer  which cached visual tokens stay
+
+Views are batched over items (images in `encode` and `select`, samples in `prefill` and `decode`) of equal token count;
+the engine groups unequal ones. Only visual tokens are ever offered, so text cannot be pruned by construction.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Budget = int | float
+
+STAGES = ("encode", "select", "prefill", "decode")
+
+
+class VtpruneError(Exception):
+    """Base of every error that vtprune raises on purpose."""
+
+
+class BudgetError(VtpruneError, ValueError):
+    """A `keep` that means nothing, or that a strategy cannot reach on this model."""
+
+
+class UnsupportedError(VtpruneError, ValueError):
+    """A model, input, cache or option that cannot be served; the message says what was found and what to do."""
+
+
+class NothingPrunedError(VtpruneError, RuntimeError):
+    """Images went in, the budget asked for fewer tokens, and none was dropped."""
+
+
+def check_budget(keep: Any, name: str = "keep") -> Budget:
+    """Return `keep` as a plain int (visual tokens per image) or float in (0, 1] (share of them).
+
+    Raises:
+        BudgetError: for a bool, NaN, zero, a negative number, a float above 1, or anything that is no number.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
+        raise BudgetError(
+            f"{name}={keep!r} ({type(keep).__name__}): give an int >= 1 (visual tokens per image) or a float in (0, 1]."
+        )
+    if isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise BudgetError(f"{name}={keep}: at least 1 visual token per image must be kept.")
+        return int(keep)
+    keep = float(keep)
+    if not 0.0 < keep <= 1.0:  # NaN fails every comparison
+        raise BudgetError(f"{name}={keep}: a float is a share and must lie in (0, 1]; for a token count give an int.")
+    return keep
+
+
+def budget_tokens(keep: Budget, tokens: int) -> int:
+    """How many of an image's `tokens` a budget keeps: at least 1, at most all, shares rounded half to even."""
+    return min(tokens, keep) if isinstance(keep, int) else min(tokens, max(1, round(keep * tokens)))
+
+
+def tokens_after_cut(target: int, tokens: int, layer: int, depth: int) -> int:
+    """Tokens to leave from decoder layer `layer` on, so that the mean over `depth` layers is `target`.
+
+    Layers before the cut compute on all `tokens`; this is how in-decoder strategies spend the common budget.
+
+    Raises:
+        BudgetError: if the layers before the cut alone exceed the budget.
+    """
+    if target >= tokens:
+        return tokens
+    left = (target * depth - layer * tokens) / (depth - layer)
+    if round(left) < 1:
+        least = math.ceil((layer * tokens + (depth - layer)) / depth)
+        raise BudgetError(
+            f"a budget of {target} of {tokens} visual tokens, as the mean over {depth} decoder layers, cannot be reached "
+            f"with a first cut at layer {layer}: the layers before it alone cost {layer * tokens / depth:.1f}. Cut at an "
+            f"earlier layer, raise keep to at least {least}, or give the count after the cut directly."
+        )
+    return round(left)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a stage needs from the attention of one layer; nothing else is computed.
+
+    Parameters:
+        queries: whose attention rows to compute. Encoder: "cls" (the class token) or "mean" (the mean query over
+            patches, for encoders without a class token). Decoder: "last" (the last prompt token) or "text" (every text
+            token after the first visual token). None: no rows.
+        keys: also hand over the visual tokens' keys.
+        values: also hand over the visual tokens' values and those of the query tokens.
+        hidden: `prefill` only, also hand over the visual tokens' hidden states (a gather; patches come for free).
+    """
+
+    queries: str | None = None
+    keys: bool = False
+    values: bool = False
+    hidden: bool = False
+
+
+@dataclass
+class Rows:
+    """Attention rows of a few query tokens over the visual tokens, in fp32, after position embedding.
+
+    Parameters:
+        logits: [B, H, R, N] scaled scores; -inf where the query may not see the token.
+        lse: [B, H, R] log-sum-exp over *all* keys that the query sees, text and special tokens included.
+        valid: [B, R] bool, False for rows that only pad the batch.
+        keys: [B, Hkv, N, d] or None; values: [B, Hkv, N, d] or None; query_values: [B, Hkv, R, d] or None.
+    """
+
+    logits: Tensor
+    lse: Tensor
+    valid: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    query_values: Tensor | None = None
+
+    def attention(self) -> Tensor:
+        """[B, H, R, N] post-softmax weights; they do not sum to 1 over N, as the other keys took their share."""
+        return torch.exp(self.logits - self.lse[..., None])
+
+
+@dataclass
+class Keep:
+    """What a stage returns.
+
+    Parameters:
+        indices: which of the view's N tokens stay: LongTensor [B, K], or one LongTensor per item where counts differ.
+            Any order; the engine sorts. Out of range or repeated raises.
+        hidden: replacement for the kept tokens' vectors, same layout as `indices` (in ascending index order) with the
+            width appended; None leaves them as they are. For merging.
+        into: for the report, LongTensor [B, N] (or one [N] per item): index (into the view) of the kept token that a
+            dropped token was merged into, -1 if it was just dropped.
+    """
+
+    indices: Tensor | list[Tensor]
+    hidden: Tensor | list[Tensor] | None = None
+    into: Tensor | list[Tensor] | None = None
+
+
+@dataclass
+class View:
+    """What every stage sees.
+
+    Parameters:
+        index: LongTensor [B, N], the tokens' numbers before any pruning (raster order within an image).
+        sizes: visual tokens before any pruning of each image of an item; one entry for per-image stages.
+        carry: per-token tensors [B, N, ...] that follow their tokens through later cuts of this call; a stage may add
+            to it. This is where a score that accumulates over layers lives.
+    """
+
+    index: Tensor
+    sizes: tuple[int, ...]
+    carry: dict[str, Tensor]
+
+    @property
+    def tokens(self) -> int:
+        """N, the visual tokens that this stage may choose from."""
+        return self.index.shape[1]
+
+    @property
+    def total(self) -> int:
+        """Visual tokens of an item before any pruning."""
+        return sum(self.sizes)
+
+    def target(self, keep: Budget) -> int:
+        """The budget in tokens for one item: the sum over its images."""
+        return sum(budget_tokens(keep, size) for size in self.sizes)
+
+
+@dataclass
+class EncodeView(View):
+    """After vision-encoder block `layer`.
+
+    Parameters:
+        layer: 0-based index of the block; depth: number of blocks that feed the projector (the feature block is
+            depth - 1; later blocks are not used by the model).
+        hidden: [B, N, C] the block's output for the patches, in the model's dtype.
+        rows: attention rows of this block as asked for (over the patches present in it), or None.
+        grid: (rows, columns) of the unpruned patch grid, or None if it has none.
+    """
+
+    layer: int = 0
+    depth: int = 0
+    hidden: Tensor = None  # type: ignore[assignment]
+    rows: Rows | None = None
+    grid: tuple[int, int] | None = None
+
+
+@dataclass
+class SelectView(View):
+    """Between projector and decoder.
+
+    Parameters:
+        features: [B, N, D] projected visual embeddings, in the model's dtype.
+        grid: (rows, columns) of the unpruned grid, or None.
+        ordinal: LongTensor [B] on the CPU, which image of its sample an item is (0 for the first).
+        text: B tensors [T, D], the text embeddings of the item's sample.
+    """
+
+    features: Tensor = None  # type: ignore[assignment]
+    grid: tuple[int, int] | None = None
+    ordinal: Tensor = None  # type: ignore[assignment]
+    text: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class PrefillView(View):
+    """Before decoder layer `layer` of `depth`, in prefill.
+
+    Parameters:
+        hidden: [B, N, D] the visual tokens' hidden states entering the layer, if asked for.
+        rows: attention rows of layer `layer - 1`, as asked for, or None.
+        computed: visual tokens per item that each layer before this one computed on.
+    """
+
+    layer: int = 0
+    depth: int = 0
+    hidden: Tensor | None = None
+    rows: Rows | None = None
+    computed: tuple[int, ...] = ()
+
+
+@dataclass
+class DecodeView(View):
+    """The cache of decoder layer `layer` once prefill is over.
+
+    Parameters:
+        rows: attention rows of this layer in prefill, as asked for, or None.
+        survived: [B, N] bool, which of these tokens were still there at the last decoder layer.
+    """
+
+    layer: int = 0
+    depth: int = 0
+    rows: Rows | None = None
+    survived: Tensor = None  # type: ignore[assignment]
+
+
+class Pruner:
+    """Base of every strategy: a dataclass whose fields are its paper's hyper-parameters.
+
+    Class attributes:
+        name: what `wrap(model, name)` and the command line call it.
+        paper: title or id, year and venue, one line.
+        positions: "original" (survivors keep their position) or "compact" (renumbered), as in the paper.
+        requires: capabilities of the model that it cannot do without, of {"cls"}.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    positions: ClassVar[str] = "original"
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    keep: Budget
+
+    def __post_init__(self) -> None:
+        self.keep = check_budget(self.keep)
+
+    def stages(self) -> tuple[str, ...]:
+        """The stages that this instance claims, in running order."""
+        return tuple(s for s in STAGES if getattr(type(self), s) is not getattr(Pruner, s))
+
+    def part(self, stage: str) -> Pruner | None:
+        """The strategy that serves `stage`, or None."""
+        return self if stage in self.stages() else None
+
+    def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
+        """Whether the budget asks for fewer than all tokens of images of these sizes."""
+        return any(budget_tokens(self.keep, n) < n for n in sizes)
+
+    # What each stage needs, said up front: {layer: Needs}. A stage runs at exactly these layers.
+    def encode_needs(self, depth: int) -> Mapping[int, Needs]:
+        """Encoder blocks (0-based, below `depth`) after which `encode` runs, and what it needs there."""
+        raise NotImplementedError
+
+    def prefill_needs(self, depth: int) -> Mapping[int, Needs]:
+        """Decoder layers (1 .. depth - 1) before which `prefill` runs; rows come from the layer before."""
+        raise NotImplementedError
+
+    def decode_needs(self, depth: int) -> Mapping[int, Needs]:
+        """Decoder layers (0 .. depth - 1) whose cache `decode` may cut."""
+        raise NotImplementedError
+
+    def encode(self, view: EncodeView) -> Keep | None:
+        """Choose the patches that go on; None keeps all."""
+        raise NotImplementedError
+
+    def select(self, view: SelectView) -> Keep | None:
+        """Choose the visual tokens that enter the decoder; None keeps all."""
+        raise NotImplementedError
+
+    def prefill(self, view: PrefillView) -> Keep | None:
+        """Choose the visual tokens that go on from this layer; None keeps all."""
+        raise NotImplementedError
+
+    def decode(self, view: DecodeView) -> Keep | None:
+        """Choose the cached visual tokens of this layer that stay; None keeps all."""
+        raise NotImplementedError
+
+    def __add__(self, other: Pruner) -> Pipeline:
+        return Pipeline([self, other])
+
+    def settings(self) -> dict[str, Any]:
+        """Name and hyper-parameters, JSON-ready."""
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}  # type: ignore[arg-type]
+
+    def describe(self) -> str:
+        """`name(field=value, ...)`, for tables and logs."""
+        values = self.settings()
+        return f"{values.pop('name')}({', '.join(f'{k}={v!r}' for k, v in values.items())})"
+
+
+class Pipeline(Pruner):
+    """Several strategies, each serving its own stages: `FlowCut(keep=128) + FastV(keep=64)`.
+
+    Each part spends its own `keep`. Positions are compact if any part's are.
+
+    Raises:
+        ValueError: if two parts claim the same stage.
+    """
+
+    name = "pipeline"
+
+    def __init__(self, parts: list[Pruner]):
+        self.parts = [p for part in parts for p in (part.parts if isinstance(part, Pipeline) else [part])]
+        owner: dict[str, Pruner] = {}
+        for part in self.parts:
+            for stage in part.stages():
+                if stage in owner:
+                    raise ValueError(
+                        f"both {owner[stage].name!r} and {part.name!r} claim the {stage!r} stage; a stage has one owner. "
+                        f"Keep one of them, or use a strategy of another stage."
+                    )
+                owner[stage] = part
+        self._owner = owner
+        self.positions = "compact" if any(p.positions == "compact" for p in self.parts) else "original"  # type: ignore[misc]
+        self.requires = frozenset().union(*(p.requires for p in self.parts))  # type: ignore[misc]
+
+    def stages(self) -> tuple[str, ...]:
+        return tuple(s for s in STAGES if s in self._owner)
+
+    def part(self, stage: str) -> Pruner | None:
+        return self._owner.get(stage)
+
+    def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
+        return any(p.asks_to_prune(sizes) for p in self.parts)
+
+    def settings(self) -> dict[str, Any]:
+        return {"name": self.name, "parts": [p.settings() for p in self.parts]}
+
+    def describe(self) -> str:
+        return " + ".join(p.describe() for p in self.parts)
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.parts))

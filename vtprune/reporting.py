@@ -1,0 +1,142 @@
+"""The report of one call: what was kept, what it saved, what it cost. Read by the CLI, the demo, the evaluations, the tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vtprune.measure.clock import Clock
+
+
+@dataclass
+class SampleReport:
+    """One sample of the batch.
+
+    Parameters:
+        visual_tokens: visual tokens of the sample before pruning, over all its images.
+        kept: LongTensor, ascending: which of them entered the decoder.
+        layers: one LongTensor per decoder layer, ascending: which of them that layer computed on.
+        cached: visual tokens that each decoder layer's cache held after prefill (equal to `layers` in length unless a
+            decode-stage strategy evicted some; empty without a cache).
+        encoded: one LongTensor per vision-encoder cut, ascending: (block, patches that went on).
+        merged: {kept index: indices averaged into it}, empty where nothing merged.
+        images: tokens of each image before pruning, in order; an image's tokens are numbered after its predecessors'.
+        grids: (rows, columns) of each image's tokens, or None where they form no grid.
+    """
+
+    visual_tokens: int
+    kept: Tensor
+    layers: list[Tensor]
+    cached: list[Tensor] = field(default_factory=list)
+    encoded: list[tuple[int, Tensor]] = field(default_factory=list)
+    merged: dict[int, list[int]] = field(default_factory=dict)
+    images: list[int] = field(default_factory=list)
+    grids: list[tuple[int, int] | None] = field(default_factory=list)
+
+    @property
+    def equivalent_tokens(self) -> float:
+        """Mean over decoder layers of visual tokens computed on."""
+        return sum(len(layer) for layer in self.layers) / len(self.layers)
+
+
+@dataclass
+class Report:
+    """What the last pruned prefill kept, saved and cost.
+
+    Parameters:
+        strategy: the strategy with its settings, as text.
+        positions: "original" or "compact".
+        samples: one entry per sample of the batch (beams and returned sequences of one sample counted once).
+        kv_bytes, kv_bytes_full: bytes of keys and values held after prefill, padding included; what an unpruned run
+            would hold. 0 without a cache.
+        flops, flops_full: vision encoder, projector and decoder prefill, two per multiply-add, with and without pruning
+            (convention: linear layers and both attention products, causal half not subtracted; no LM head, no norms).
+        notes: what the user should know, e.g. a budget above an image's token count.
+    """
+
+    strategy: str
+    positions: str
+    samples: list[SampleReport]
+    kv_bytes: int
+    kv_bytes_full: int
+    flops: int
+    flops_full: int
+    clock: Clock = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def equivalent_tokens(self) -> float:
+        """Mean over decoder layers, and samples with images, of visual tokens computed on."""
+        seen = [s.equivalent_tokens for s in self.samples if s.visual_tokens]
+        return sum(seen) / len(seen)
+
+    @cached_property
+    def prefill_ms(self) -> float:
+        """Vision encoder, projector and decoder prefill, everything vtprune adds included; wall clock or device time."""
+        return self.clock.total("prefill")
+
+    @cached_property
+    def selection_ms(self) -> float:
+        """All that vtprune adds to it: attention rows, scores, selections, gathers, masks."""
+        return self.clock.total("selection")
+
+    def overlay(self, image: Image.Image | list[Image.Image], sample: int = 0, fit: str = "crop") -> Image.Image:
+        """Picture of what was kept at each stage, drawn over the sample's image (or list of images).
+
+        Parameters:
+            image: as given to the processor.
+            sample: which sample of the batch.
+            fit: how the processor made the picture square, "crop" (shortest edge, centre crop, as CLIP's) or "stretch".
+        """
+        from vtprune.viz import overlay
+
+        return overlay(self.samples[sample], image, fit=fit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "strategy": self.strategy,
+            "positions": self.positions,
+            "equivalent_tokens": self.equivalent_tokens,
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_full": self.kv_bytes_full,
+            "flops": self.flops,
+            "flops_full": self.flops_full,
+            "prefill_ms": self.prefill_ms,
+            "selection_ms": self.selection_ms,
+            "notes": list(self.notes),
+            "samples": [
+                {
+                    "visual_tokens": s.visual_tokens,
+                    "kept": s.kept.tolist(),
+                    "layers": [layer.tolist() for layer in s.layers],
+                    "cached": [layer.tolist() for layer in s.cached],
+                    "encoded": [[block, index.tolist()] for block, index in s.encoded],
+                    "merged": {str(k): v for k, v in s.merged.items()},
+                    "images": list(s.images),
+                    "grids": [list(g) if g else None for g in s.grids],
+                }
+                for s in self.samples
+            ],
+        }
+
+    def __str__(self) -> str:
+        def ratio(part: int, whole: int) -> str:
+            return f" ({part / whole:.0%} of unpruned)" if whole else ""
+
+        tokens = ", ".join(f"{len(s.kept)} of {s.visual_tokens}" for s in self.samples)
+        lines = [
+            self.strategy,
+            f"  visual tokens entering the decoder: {tokens}",
+            f"  equivalent tokens (mean over decoder layers): {self.equivalent_tokens:.1f}",
+            f"  KV cache after prefill: {self.kv_bytes / 2**20:.2f} MiB{ratio(self.kv_bytes, self.kv_bytes_full)}",
+            f"  FLOPs to the first token: {self.flops / 1e9:.2f} G{ratio(self.flops, self.flops_full)}",
+            f"  prefill: {self.prefill_ms:.1f} ms, of which vtprune {self.selection_ms:.1f} ms",
+        ]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
