@@ -127,7 +127,10 @@ class Rows:
     query_values: Tensor | None = None
 
     def attention(self) -> Tensor:
-        """[B, H, R, N] post-softmax weights; they do not sum to 1 over N, as the other keys took their share."""
+        """[B, H, R, N] post-softmax weights; they do not sum to 1 over N, as the other keys took their share.
+
+        Rows that only pad the batch are zero.
+        """
         return torch.exp(self.logits - self.lse[..., None])
 
 
@@ -137,7 +140,7 @@ class Keep:
 
     Parameters:
         indices: which of the view's N tokens stay: LongTensor [B, K], or one LongTensor per item where counts differ.
-            Any order; the engine sorts. Out of range or repeated raises.
+            Any order; the engine sorts. Out of range or repeated raises. `prefill` and `decode` may keep none at all.
         hidden: replacement for the kept tokens' vectors, same layout as `indices` (in ascending index order) with the
             width appended; None leaves them as they are. For merging.
         into: for the report, LongTensor [B, N] (or one [N] per item): index (into the view) of the kept token that a

@@ -135,7 +135,11 @@ def attention_rows(query: Tensor, key: Tensor, value: Tensor, scaling: float, re
         seen = causal if seen is None else causal & seen
     if seen is not None:
         logits = logits.masked_fill(~seen, float("-inf"))
+    if request.rows is not None:
+        logits = logits.masked_fill(~rows_valid[:, None, :, None], float("-inf"))
+    # a row that sees nothing, as it only pads the batch, attends to nothing: exp(-inf - 0), not NaN
     lse = logits.logsumexp(-1)
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)
 
     def pick(t: Tensor) -> Tensor:
         return t.gather(2, request.columns[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))

@@ -358,7 +358,7 @@ class Pass:
                 unstack_carry(members, view.carry)
                 if keep is None:
                     continue
-                indices, vectors, into = checked(keep, len(group), view.tokens, f"{strategy.name}.prefill")
+                indices, vectors, into = checked(keep, len(group), view.tokens, f"{strategy.name}.prefill", least=0)
                 if vectors is not None:
                     hidden = hidden.clone()
                 for at, row in enumerate(group):
@@ -479,7 +479,7 @@ class Pass:
             keep = strategy.decode(view)
             if keep is None:
                 continue
-            indices, _, _ = checked(keep, len(group), view.tokens, f"{strategy.name}.decode")
+            indices, _, _ = checked(keep, len(group), view.tokens, f"{strategy.name}.decode", least=0)
             for at, row in enumerate(group):
                 if len(indices[at]) < view.tokens:
                     lost[row, slots[row, : counts[row]]] = True

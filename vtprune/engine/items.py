@@ -74,7 +74,9 @@ def slice_rows(rows: Rows | None, group: list[int], count: int) -> Rows | None:
     )
 
 
-def checked(keep: Keep, items: int, tokens: int, who: str) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None]:
+def checked(
+    keep: Keep, items: int, tokens: int, who: str, least: int = 1
+) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None]:
     """A strategy's answer as one ascending LongTensor per item, with `hidden` and `into` alongside.
 
     Raises:
@@ -87,9 +89,9 @@ def checked(keep: Keep, items: int, tokens: int, who: str) -> tuple[list[Tensor]
     kept = []
     for at, index in enumerate(indices):
         ordered = index.sort().values
-        if len(index) == 0:
-            raise VtpruneError(f"{who} kept no token of an image; at least one must stay.")
-        if bool((ordered[0] < 0) | (ordered[-1] >= tokens) | (ordered[1:] == ordered[:-1]).any()):
+        if len(index) < least:
+            raise VtpruneError(f"{who} kept no token of an image; at least one must enter the decoder.")
+        if len(index) and bool((ordered[0] < 0) | (ordered[-1] >= tokens) | (ordered[1:] == ordered[:-1]).any()):
             raise VtpruneError(f"{who} returned indices that repeat or lie outside 0 .. {tokens - 1}.")
         kept.append(ordered)
         if hidden is not None and len(hidden[at]) != len(index):

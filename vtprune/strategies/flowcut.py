@@ -24,6 +24,13 @@ from vtprune.pruner import (
 from vtprune.select import top, top_ragged
 
 
+def share(weights: Tensor) -> Tensor:
+    """[B, N] weights of any float dtype, in fp32 and scaled to sum 1; flat where a row has underflowed to zero."""
+    weights = weights.float()
+    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, torch.ones_like(weights))
+    return weights / weights.sum(-1, keepdim=True)
+
+
 def flow_score(attention: Tensor, semantic: Tensor, value: Tensor) -> Tensor:
     """(attention share + semantic share) * L1 norm of the head-mean value.
 
@@ -33,15 +40,13 @@ def flow_score(attention: Tensor, semantic: Tensor, value: Tensor) -> Tensor:
     Returns:
         [B, N] fp32.
     """
-    share = attention / attention.sum(-1, keepdim=True) + semantic / semantic.sum(-1, keepdim=True)
-    return share * value.abs().sum(-1)
+    return (share(attention) + share(semantic)) * value.float().abs().sum(-1)
 
 
 def entropy_ratio(attention: Tensor) -> Tensor:
     """[B] entropy of the renormalised attention [B, N] over its maximum ln N: 1 for flat, 0 for a single peak."""
-    p = attention / attention.sum(-1, keepdim=True)
     # entr is 0 at p = 0, where p * ln p would be NaN
-    entropy = torch.special.entr(p).sum(-1)
+    entropy = torch.special.entr(share(attention)).sum(-1)
     return entropy / torch.log(torch.tensor(float(max(attention.shape[-1], 2))))
 
 
@@ -116,9 +121,6 @@ class FlowCut(Pruner):
         to_patch = torch.einsum("bhd,bhnd->bhn", rows.query_values[:, :, 0], rows.values)
         to_cls = rows.query_values[:, :, 0].square().sum(-1, keepdim=True)
         semantic = torch.cat([to_cls, to_patch], -1).softmax(-1)[..., 1:].mean(1)
-        # a patch-less softmax (CLS similar to itself alone) underflows to 0 / 0: fall back to no preference
-        semantic = torch.where(semantic.sum(-1, keepdim=True) > 0, semantic, torch.ones_like(semantic))
-
         score = flow_score(attention, semantic, rows.values.mean(1))
         past = view.carry.get("flow")
         flow = score if past is None else self.momentum * past + (1 - self.momentum) * score

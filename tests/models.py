@@ -1,0 +1,85 @@
+"""Tiny random models of real transformers classes, and prompts for them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+IMAGE = 99
+GRID = 6
+TOKENS = GRID * GRID
+
+
+def tiny_llava(attn: str = "sdpa", kv_heads: int = 2, layers: int = 4, blocks: int = 6, seed: int = 0):
+    """A LLaVA of 36 visual tokens with weights large enough that dropping a token shows in the logits."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        image_size=8 * GRID,
+        patch_size=8,
+        projection_dim=16,
+    )
+    text = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        vocab_size=100,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.generation_config.suppress_tokens = [IMAGE]  # a random model may say anything but that
+    return model
+
+
+def prompt(*parts: int | str) -> list[int]:
+    """Token ids: an int stands for that many text tokens, "I" for an image."""
+    ids, word = [1], 3
+    for part in parts:
+        if part == "I":
+            ids += [IMAGE] * TOKENS
+        else:
+            for _ in range(part):
+                ids.append(3 + word % 90)
+                word = word * 7 + 5
+    return ids
+
+
+def batch(prompts: list[list[int]], side: str = "left") -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask, padded."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, p in enumerate(prompts):
+        at = slice(longest - len(p), None) if side == "left" else slice(0, len(p))
+        ids[row, at], mask[row, at] = torch.tensor(p), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    """Random pictures with some structure: a bright patch region each, so that attention is not flat."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(count, 3, 8 * GRID, 8 * GRID, generator=generator) * 0.3
+    for i in range(count):
+        x, y = torch.randint(0, 4 * GRID, (2,), generator=generator).tolist()
+        pixels[i, :, y : y + 16, x : x + 16] += 2.0
+    return pixels
