@@ -67,7 +67,6 @@ class Plan:
 class Decision:
     """What one sample's prefill decided, for runs that feed the whole sequence again (no cache)."""
 
-    prompt: Tensor
     entered: list[Tensor]
     layers: dict[int, Tensor]
 
@@ -92,6 +91,7 @@ class Pass:
         self.items: list[Item] = []
         self.cache: Cache | None = None
         self.past_valid: Tensor | None = None
+        self.fed_valid: Tensor | None = None
         self.logical: Tensor | None = None
         self.replays: list[Decision | None] | None = None
         self.evicted: dict[int, Tensor] = {}
@@ -128,7 +128,7 @@ class Pass:
             check_cache(self.cache, self.plan.depth)
         past = 0 if self.cache is None else self.cache.get_seq_length()
 
-        valid = self._read_mask(kwargs.get("attention_mask"), past, length)
+        valid = self.fed_valid = self._read_mask(kwargs.get("attention_mask"), past, length)
         self.logical = kwargs.get("position_ids")
         if self.logical is None:
             self.logical = torch.arange(past, past + length, device=device)[None]
@@ -216,16 +216,15 @@ class Pass:
                 found.append(None)
                 continue
             prompt = self._prompt(row)
-            match = next((d for ids, d in records[images[0]].replays if torch.equal(ids, prompt[: len(ids)])), None)
+            # a run without cache feeds one token more each time; anything else is a new question about the same features
+            match = next((d for ids, d in records[images[0]].replays if torch.equal(ids, prompt[:-1])), None)
             if match is None:
                 return None
             found.append(match)
         return found
 
     def _prompt(self, row: int) -> Tensor:
-        valid = self.streams[0].valid if self.streams else self.stream.valid
-        ids = self.input_ids[row]
-        return ids if valid is None or valid.shape[1] != len(ids) else ids[valid[row]]
+        return self.input_ids[row] if self.fed_valid is None else self.input_ids[row][self.fed_valid[row]]
 
     def _join(self, items: list[Item]) -> Item:
         """Images of one sample, numbered one after the other."""
@@ -496,15 +495,20 @@ class Pass:
     # ------------------------------------------------------------------ what is left behind
 
     def remember(self) -> None:
-        """Keep this prefill's decisions beside the features, for a run without cache that feeds everything again."""
-        if not self.items or self.cache is not None or self.replays is not None or self.input_ids is None:
+        """Keep this pass's decisions beside the features, for a run without cache that feeds everything again."""
+        if not self.items or self.cache is not None or self.input_ids is None:
             return
+        fresh: dict[int, list[tuple[Tensor, Decision]]] = {}  # beams share one record, with an entry each
         for row, images in enumerate(self._images):
             if images:
-                entered = [self._image_items[i].index for i in images]
-                layers = {layer: self._computed(row, layer) for layer in self.plan.prefill}
-                prompt = self._prompt(row).clone()
-                self._records[images[0]].replays.append((prompt, Decision(prompt, entered, layers)))
+                decision = self.replays[row] if self.replays is not None else None
+                if decision is None:
+                    entered = [self._image_items[i].index for i in images]
+                    layers = {layer: self._computed(row, layer) for layer in self.plan.prefill}
+                    decision = Decision(entered, layers)
+                record = self._records[images[0]]
+                record.replays = fresh.setdefault(id(record), [])
+                record.replays.append((self._prompt(row).clone(), decision))
 
     def _computed(self, row: int, layer: int) -> Tensor:
         counts, _, numbers = self.streams[layer].visual_slots()
@@ -595,10 +599,13 @@ class Pass:
         for sample in samples:
             if not sample.visual_tokens or not self.plan.pruner.asks_to_prune(tuple(sample.images)):
                 continue
-            smallest = min(len(t) for t in [*sample.layers, *sample.cached])
-            if smallest == sample.visual_tokens and self.cache is not None:
+            if min(len(t) for t in [*sample.layers, *sample.cached]) == sample.visual_tokens:
+                hint = (
+                    "" if self.cache is not None else " Without a cache (use_cache=False) the decode stage has nothing to cut."
+                )
                 raise NothingPrunedError(
                     f"{self.plan.pruner.describe()} was asked to prune {sample.visual_tokens} visual tokens and dropped none."
+                    + hint
                 )
 
     def _flops(self) -> tuple[int, int]:

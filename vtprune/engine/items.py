@@ -82,6 +82,8 @@ def checked(
     Raises:
         VtpruneError: for indices of the wrong shape, repeated, out of range, or none at all.
     """
+    if not isinstance(keep, Keep):
+        raise VtpruneError(f"{who} returned a {type(keep).__name__}, not a Keep (or None to keep all).")
     indices = list(keep.indices)
     if len(indices) != items or any(i.dtype != torch.long or i.ndim != 1 for i in indices):
         raise VtpruneError(f"{who} returned indices for {len(indices)} of {items} items, or not as 1-D int64 per item.")

@@ -12,6 +12,7 @@ import functools
 import inspect
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -196,6 +197,8 @@ class Session:
             output.pooler_output = attach_records(list(output.pooler_output), encoding)
         if call is not None:
             call.features = output.pooler_output
+        else:
+            self._local.fresh = [weakref.ref(f) for f in output.pooler_output]
         return output.to_tuple() if as_tuple else output
 
     def _before_block(self, block: int, module, args, kwargs):
@@ -242,19 +245,31 @@ class Session:
                     f"pixel_values from the processor, or take the placeholder out of the prompt."
                 )
         features = None if encoded is None else list(encoded.pooler_output)
-        clock = new_clock(self.site.base)
-        for feature in features or []:
-            record = getattr(feature, "_vtprune", None)
-            if record is not None:
-                clock = record.encoding.clock.fork()
-                break
-            if self.pruner.part("encode") is not None:
-                raise UnsupportedError(
-                    f"{self.pruner.name} works inside the vision encoder, but these image features were computed before the "
-                    f"model was wrapped, or were sliced or copied since (chunked prefill does). Pass pixel_values instead."
-                )
+        clock = self._clock_of(features) if features else new_clock(self.site.base)
         self._local.call = call = Call(clock, ids, placeholders, features)
         call.mark = clock.start("prefill")
+
+    def _clock_of(self, features):
+        """Where the time that went into these features was counted.
+
+        Raises:
+            UnsupportedError: for features that this session cannot answer for.
+        """
+        records = [getattr(f, "_vtprune", None) for f in features]
+        fresh, self._local.fresh = getattr(self._local, "fresh", ()), ()
+        if None not in records:
+            return records[0].encoding.clock.fork()
+        if any(ref() is not None for ref in fresh):
+            raise UnsupportedError(
+                "image features were cut up or copied on their way to the decoder (chunked prefill does that), so a token's "
+                "number in its image is lost. Leave prefill_chunk_size unset, or unwrap the model."
+            )
+        if self.pruner.part("encode") is not None:
+            raise UnsupportedError(
+                f"{self.pruner.part('encode').name} works inside the vision encoder, but these image features were computed "
+                f"elsewhere. Pass pixel_values, or compute them with get_image_features of the wrapped model."
+            )
+        return new_clock(self.site.base)
 
     def _after_base(self, module, args, output) -> None:
         # runs after an exception as well
