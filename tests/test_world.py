@@ -98,7 +98,7 @@ def test_patches_hold_the_objects_pixels(scenes):
     for scene in scenes[:40]:
         picture = scene.array().astype(int)
         patches = scene.object_patches()
-        assert patches == sorted(set(patches)) and 0 <= patches[0] and patches[-1] < GRID * GRID
+        assert patches == sorted(set(patches)) and patches[0] >= 0 and patches[-1] < GRID * GRID
         for i, o in enumerate(scene.objects):
             paint = np.clip(np.array(COLORS[o.color]) + np.array(o.tint), 0, 255)
             box = np.s_[

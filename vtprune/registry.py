@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from vtprune.pruner import Pipeline, Pruner
@@ -38,27 +38,27 @@ def available() -> dict[str, type[Pruner]]:
     """
     found = {name: _load(target) for name, target in SHIPPED.items()}
     for entry in entry_points(group=GROUP):
-        loaded = entry.load()
-        if not (isinstance(loaded, type) and issubclass(loaded, Pruner)):
-            raise TypeError(f"entry point {entry.name!r} ({entry.value}) of group {GROUP!r} is no Pruner subclass.")
-        if found.get(entry.name, loaded) is not loaded:
+        loaded = _load_entry(entry)
+        if found.setdefault(entry.name, loaded) is not loaded:
             raise ValueError(f"entry point {entry.name!r} ({entry.value}) takes the name of an existing strategy.")
-        found[entry.name] = loaded
     return found
 
 
 def strategy_class(name: str) -> type[Pruner]:
-    """The class behind a name.
+    """The class behind a name; nothing else is imported.
 
     Raises:
         UnknownStrategyError: with the nearest names.
     """
-    known = available()
-    if name in known:
-        return known[name]
+    if name in SHIPPED:
+        return _load(SHIPPED[name])
+    announced = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name in announced:
+        return _load_entry(announced[name])
+    known = sorted({*SHIPPED, *announced})
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise UnknownStrategyError(f"unknown strategy {name!r}.{hint} Available: {', '.join(sorted(known))}.")
+    raise UnknownStrategyError(f"unknown strategy {name!r}.{hint} Available: {', '.join(known)}.")
 
 
 def create(name: str, **fields: Any) -> Pruner:
@@ -97,3 +97,10 @@ def create(name: str, **fields: Any) -> Pruner:
 def _load(target: str) -> type[Pruner]:
     module, name = target.split(":")
     return getattr(importlib.import_module(module), name)
+
+
+def _load_entry(entry: EntryPoint) -> type[Pruner]:
+    loaded = entry.load()
+    if not (isinstance(loaded, type) and issubclass(loaded, Pruner) and dataclasses.is_dataclass(loaded)):
+        raise TypeError(f"entry point {entry.name!r} ({entry.value}) of group {GROUP!r} is no Pruner dataclass.")
+    return loaded

@@ -342,10 +342,10 @@ class Pass:
         else:
             strategy, rows = self.plan.pruner.part("prefill"), self.rows.pop(("prefill", layer - 1), None)
             computed = [[c[i] for c in (s.visual_slots()[0] for s in self.streams)] for i in range(len(counts))]
-            for group, view in self._views(counts, slots, numbers, rows):
+            for group, common in self._views(counts, slots, numbers, rows):
                 members = [self.items[i] for i in group]
                 view = PrefillView(
-                    **view,
+                    **common,
                     layer=layer,
                     depth=self.plan.depth,
                     hidden=take(hidden[group], slots[group][:, : counts[group[0]]])
@@ -374,20 +374,26 @@ class Pass:
         self.stream, gather = self.stream.drop(lost)
         return take(hidden, gather)
 
-    def _views(self, counts: list[int], slots: Tensor, numbers: Tensor, rows: Rows | None) -> Iterator[tuple[list[int], dict]]:
-        """Samples of equal token count and image sizes together, with what every view has."""
-        keys = [(n, self.items[i].sizes) for i, n in enumerate(counts)]
-        for group in groups(keys):
+    def _views(
+        self, counts: list[int], slots: Tensor, numbers: Tensor, rows: Rows | None, carried: bool = True
+    ) -> Iterator[tuple[list[int], dict]]:
+        """Samples of equal token count and image sizes together, with what every view has.
+
+        Parameters:
+            carried: hand over carried tensors, which follow the tokens that flow now (not those of an earlier layer).
+        """
+        for group in groups([(n, self.items[i].sizes) for i, n in enumerate(counts)]):
             n = counts[group[0]]
             if n == 0:
                 continue
             members = [self.items[i] for i in group]
+            whole = len(group) == len(counts)
             yield (
                 group,
                 {
-                    "index": numbers[group][:, :n],
+                    "index": (numbers if whole else numbers[group])[:, :n],
                     "sizes": members[0].sizes,
-                    "carry": stack_carry(members),
+                    "carry": stack_carry(members) if carried else {},
                     "rows": slice_rows(rows, group, n),
                 },
             )
@@ -472,9 +478,9 @@ class Pass:
         at_end.scatter_(1, self.stream.numbers + 1, True)
         lost = torch.zeros(stream.index.shape, dtype=torch.bool, device=slots.device)
         some = False
-        for group, view in self._views(counts, slots, numbers, rows):
-            view["carry"] = {}  # carried tensors follow the last layer's survivors, not this layer's tokens
-            view = DecodeView(**view, layer=layer, depth=self.plan.depth, survived=at_end[group].gather(1, view["index"] + 1))
+        for group, common in self._views(counts, slots, numbers, rows, carried=False):
+            survived = at_end[group].gather(1, common["index"] + 1)
+            view = DecodeView(**common, layer=layer, depth=self.plan.depth, survived=survived)
             keep = strategy.decode(view)
             if keep is None:
                 continue
@@ -562,13 +568,18 @@ class Pass:
         )
 
     def _distinct_rows(self) -> list[int]:
-        """Rows without the copies that beams and returned sequences make: those carry the very same feature objects."""
+        """Rows without the copies that beams and returned sequences make: same feature objects, same prompt."""
         rows, last = [], None
         for row, images in enumerate(self._images):
-            key = tuple(id(self.features[i]) for i in images)
-            if not key or key != last:
+            features = tuple(id(self.features[i]) for i in images)
+            same = (
+                features
+                and features == last
+                and (self.input_ids is None or torch.equal(self.input_ids[row], self.input_ids[row - 1]))
+            )
+            if not same:
                 rows.append(row)
-            last = key
+            last = features
         return rows
 
     def _cached(self, row: int, layer: int) -> Tensor:

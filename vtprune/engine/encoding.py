@@ -178,19 +178,22 @@ def attach_records(features: list[Tensor], encoding: Encoding) -> list[Tensor]:
     result = []
     for at, feature in enumerate(features):
         if encoding.pruner is None:
-            item = Item(torch.arange(len(feature), device=feature.device), (len(feature),))
-            size = len(feature)
+            index = torch.arange(len(feature), device=feature.device)
+            item, full = Item(index, (len(feature),)), feature
         else:
             item = encoding.items[at]
-            size = item.sizes[0]
-            if len(item.index) < size:
-                full = feature.new_zeros(size, feature.shape[-1])
-                index = item.index.to(feature.device)
-                feature = full.index_copy(0, index, feature[: len(index)])
-        # each forward pass makes the features anew or hands on the same tensor objects, beams included
-        feature._vtprune = ImageTokens(item, size, encoding)
-        result.append(feature)
+            full = _full_length(feature, item.index.to(feature.device), item.sizes[0])
+        # the tensor object itself is what reaches the decoder, once per beam, and is what a second question finds again
+        full._vtprune = ImageTokens(item, item.sizes[0], encoding)
+        result.append(full)
     return result
+
+
+def _full_length(feature: Tensor, index: Tensor, size: int) -> Tensor:
+    """`feature` (padded rows after the kept ones) with each kept row at its own number, zero elsewhere."""
+    if len(index) == size:
+        return feature
+    return feature.new_zeros(size, feature.shape[-1]).index_copy(0, index, feature[: len(index)])
 
 
 def new_clock(module: nn.Module) -> Clock:

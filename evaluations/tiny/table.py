@@ -1,0 +1,220 @@
+"""Accuracy of the tiny model under every strategy and budget, measured through vtprune's public API.
+
+    python -m evaluations.tiny.table --questions 2000 --json results/tiny.json
+
+Each answer is a real `generate` on the wrapped model, greedy, scored by exact match. Questions about one picture share
+its image features; they are a batch of their own, left-padded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import vtprune
+from evaluations.tiny.oracle import Oracle
+from evaluations.worlds import GRID, PATCH, TYPES, Question, Scene, make_scene
+from vtprune.pruner import BudgetError, Pruner
+
+CHECKPOINT = Path(__file__).resolve().parents[2] / "assets" / "tiny-llava"
+GRADED = tuple(t for t in TYPES if t != "reading")
+BUDGETS = (192, 128, 64, 32)
+PER_PICTURE = 8
+
+
+@dataclass
+class Asked:
+    """A picture with its questions."""
+
+    scene: Scene
+    image: Image.Image
+    questions: list[Question]
+
+    def wanted(self, about_word: bool) -> list[int]:
+        """Patches the oracle keeps: the objects', and the word's where it is asked for."""
+        return [*self.scene.object_patches(), *(self.scene.word_patches() if about_word else ())]
+
+
+@dataclass
+class Row:
+    """One line of the table: a strategy at a budget, built anew for every picture."""
+
+    name: str
+    budget: int
+    build: Callable[[Asked, int], Pruner | None]
+    noise: bool = False
+    positions: str | None = None
+    hits: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
+    tokens: list[float] = field(default_factory=list)
+    refused: str = ""
+
+
+def pictures(questions: int, split: str = "test") -> list[Asked]:
+    """Pictures of `split` with at least so many questions, not counting those about a printed word."""
+    found: list[Asked] = []
+    total = 0
+    while total < questions:
+        scene = make_scene(len(found), split)
+        asked = scene.questions(PER_PICTURE, types=GRADED, salt=99)
+        total += len(asked)
+        if scene.word is not None:
+            asked += scene.questions(1, types=("reading",), salt=99)
+        found.append(Asked(scene, scene.image(), asked))
+    return found
+
+
+def rows() -> list[Row]:
+    """What stands in the table."""
+    made = [Row("unpruned", GRID * GRID, lambda asked, at: None), Row("noise", GRID * GRID, lambda a, i: None, noise=True)]
+    for k in BUDGETS:
+        made += [
+            Row("oracle", k, lambda asked, at, k=k: Oracle(keep=k, wanted=[asked.wanted(True)], seed=at)),
+            Row("random", k, lambda asked, at, k=k: vtprune.Random(keep=k, seed=at)),
+            Row("uniform", k, lambda asked, at, k=k: vtprune.Uniform(keep=k)),
+            Row("flowcut", k, lambda asked, at, k=k: vtprune.FlowCut(keep=k)),
+            Row("flowcut, original positions", k, lambda asked, at, k=k: vtprune.FlowCut(keep=k), positions="original"),
+            Row("fastv", k, lambda asked, at, k=k: vtprune.FastV(keep=k, layer=1)),
+        ]
+    return made
+
+
+@torch.inference_mode()
+def answers(model, processor, asked: Asked, image: Image.Image) -> list[str]:
+    """Greedy answers to all questions about a picture, in one batch."""
+    prompts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}], add_generation_prompt=True
+        )
+        for q in asked.questions
+    ]
+    inputs = processor(images=[image] * len(prompts), text=prompts, return_tensors="pt", padding=True)
+    pixels = inputs.pop("pixel_values")[:1].to(model.dtype)
+    features = model.model.get_image_features(pixels, return_dict=True)
+    features.pooler_output = list(features.pooler_output) * len(prompts)
+    out = model.generate(**inputs, mm_encoder_outputs={"image": features}, max_new_tokens=8, do_sample=False)
+    texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [t.strip() for t in texts]
+
+
+def measure(folder: Path, questions: int, only: set[str] | None = None, few: int = 0) -> dict:
+    """All rows over the same pictures.
+
+    Parameters:
+        folder: the checkpoint. questions: at least so many, reading not counted. only: names of rows.
+        few: rows other than unpruned, noise, oracle and random use only so many questions (0: all).
+    """
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    asked = pictures(questions)
+    enough, total = 0, 0
+    while few and total < few and enough < len(asked):
+        total += sum(q.type != "reading" for q in asked[enough].questions)
+        enough += 1
+    table = [r for r in rows() if only is None or r.name in only]
+    with Progress(console=Console(stderr=True)) as progress:
+        for row in table:
+            short = few and row.name not in ("unpruned", "noise", "oracle", "random")
+            todo = asked[:enough] if short else asked
+            for at, one in enumerate(progress.track(todo, description=f"{row.name} {row.budget}")):
+                if row.refused:
+                    break
+                _ask(model, processor, row, one, at)
+    counts = Counter(q.type for a in asked for q in a.questions)
+    return {
+        "folder": folder.name,
+        "pictures": len(asked),
+        "questions": dict(counts),
+        "rows": [_summary(row) for row in table],
+        "versions": {"vtprune": vtprune.__version__, "torch": torch.__version__},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _ask(model, processor, row: Row, one: Asked, at: int) -> None:
+    image = one.image
+    if row.noise:
+        noise = np.random.default_rng([9, one.scene.seed]).integers(0, 256, (GRID * PATCH, GRID * PATCH, 3), dtype=np.uint8)
+        image = Image.fromarray(noise)
+    pruner = row.build(one, at)
+    if pruner is None:
+        said = answers(model, processor, one, image)
+    else:
+        try:
+            with vtprune.pruning(model, pruner, positions=row.positions) as session:
+                said = answers(model, processor, one, image)
+            row.tokens.append(session.report.equivalent_tokens)
+        except BudgetError as error:
+            row.refused = str(error)
+            return
+    for question, text in zip(one.questions, said, strict=True):
+        row.hits[question.type].append(text == question.answer)
+
+
+def _summary(row: Row) -> dict:
+    graded = [hit for kind in GRADED for hit in row.hits[kind]]
+    return {
+        "name": row.name,
+        "budget": row.budget,
+        "equivalent_tokens": float(np.mean(row.tokens)) if row.tokens else float(row.budget),
+        "questions": len(graded),
+        "accuracy": {kind: float(np.mean(row.hits[kind])) for kind in TYPES if row.hits[kind]},
+        "all": float(np.mean(graded)) if graded else None,
+        "refused": row.refused,
+    }
+
+
+def markdown(result: dict) -> str:
+    """The table as Markdown: percent of exact matches, `all` over every type but reading."""
+    head = ["strategy", "tokens", "questions", *TYPES, "all"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in result["rows"]:
+        if row["refused"]:
+            cells = ["", *["-"] * (len(TYPES) + 1)]
+        else:
+            cells = [str(row["questions"])]
+            cells += [f"{100 * row['accuracy'][t]:.1f}" if t in row["accuracy"] else "-" for t in TYPES]
+            cells.append(f"**{100 * row['all']:.1f}**")
+        lines.append(f"| {row['name']} | {row['budget']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".part") as part:
+        json.dump(data, part, indent=1)
+    os.replace(part.name, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=CHECKPOINT)
+    parser.add_argument("--questions", type=int, default=2000, help="at least so many, reading not counted")
+    parser.add_argument("--few", type=int, default=0, help="so many for rows other than unpruned, noise, oracle, random")
+    parser.add_argument("--only", nargs="*", help="names of rows")
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    args = parser.parse_args()
+    result = measure(args.folder, args.questions, set(args.only) if args.only else None, args.few)
+    print(markdown(result))
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()
