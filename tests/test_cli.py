@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,6 +242,30 @@ def test_list_marks_third_parties(monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: [Entry()])
     rows = {row["name"]: row for row in json.loads(run("list", "--json").stdout)}
     assert rows["mine"]["package"] == __name__.partition(".")[0]
+
+
+def test_the_example_of_contributing_works(tmp_path, monkeypatch):
+    """The package in CONTRIBUTING.md, laid out as an installer does it, is found, listed and asked."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    project = tomllib.loads(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])["project"]
+    (tmp_path / "vtprune_norm.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    info = tmp_path / f"vtprune_norm-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    ((group, entries),) = project["entry-points"].items()
+    (info / "entry_points.txt").write_text(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items()))
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = {row["name"]: row for row in json.loads(run("list", "--json").stdout)}
+    assert rows["norm"]["package"] == "vtprune_norm"
+    result = run("ask", "scene-0", QUESTION, "--pruner", "norm", "--keep", "64", "--max-new-tokens", "2", "--json")
+    assert len(json.loads(result.stdout)["report"]["samples"][0]["kept"]) == 64
+
+
+def test_the_readme_begins_with_two_command_lines():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    first, second = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].strip().splitlines()
+    assert "vtprune ask assets/pictures/" in first
+    assert "pytest" in second
 
 
 def test_bench_writes_its_figures_whole(tmp_path):

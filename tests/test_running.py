@@ -265,9 +265,34 @@ def test_flops_are_what_the_formula_says(model):
     with torch.no_grad(), vtprune.pruning(model, "uniform", keep=9) as session:
         model(**batch(PROMPTS[:1]), pixel_values=PIXELS[:1])
     text, n, full = 8, 8 + 9, 8 + TOKENS
-    decoder = lambda t: 4 * (2 * t * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) + 4 * t * t * 32)  # noqa: E731
+    decoder = lambda t: 4 * (2 * t * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) + 4 * t * t * 32)
     encoder = 6 * (2 * 37 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * 37 * 37 * 32)
     projector = 2 * TOKENS * 2 * 32 * 32
     assert text == len(PROMPTS[0]) - TOKENS
     assert session.report.flops_full == decoder(full) + encoder + projector
     assert session.report.flops == decoder(n) + encoder + projector
+
+
+def test_only_some_stages_of_a_strategy(model):
+    """`only` gives the stages away: FlowCut's decoder cut after a random choice, without its encoder stage."""
+    second = vtprune.FlowCut(keep=1.0, decoder_keep=6).only("prefill")
+    with torch.no_grad(), vtprune.pruning(model, vtprune.Random(keep=12) + second) as session:
+        model(**batch(PROMPTS[:1]), pixel_values=PIXELS[:1])
+    assert [len(layer) for layer in session.report.samples[0].layers] == [12, 12, 6, 6]
+    assert session.report.positions == "compact" and ".only('prefill')" in session.report.strategy
+    with pytest.raises(ValueError, match="stages"):
+        vtprune.Random(keep=12).only("decode")
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "fastv", "evict"])
+def test_a_refused_crop_leaves_the_cache_whole(model, strategy):
+    with torch.no_grad(), vtprune.pruning(model, strategy, keep=24):
+        cache = DynamicCache()
+        model(input_ids=torch.tensor([PROMPTS[0]]), pixel_values=PIXELS[:1], past_key_values=cache)
+        lengths = [layer.keys.shape[-2] for layer in cache.layers]
+        with pytest.raises(vtprune.UnsupportedError, match="pruned cache"):
+            cache.crop(-2)
+        assert [layer.keys.shape[-2] for layer in cache.layers] == lengths
+        model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)
+        cache.crop(-2)
+        assert [layer.keys.shape[-2] for layer in cache.layers] == lengths

@@ -314,6 +314,14 @@ class Pruner:
     def __add__(self, other: Pruner) -> Pipeline:
         return Pipeline([self, other])
 
+    def only(self, *stages: str) -> Pruner:
+        """This strategy with just some of its stages, for composition: `FlowCut(...) + Other(...).only("decode")`.
+
+        Raises:
+            ValueError: if it does not claim one of them.
+        """
+        return Only(self, stages)
+
     def settings(self) -> dict[str, Any]:
         """Name and hyper-parameters, JSON-ready."""
         return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}  # type: ignore[arg-type]
@@ -322,6 +330,35 @@ class Pruner:
         """`name(field=value, ...)`, for tables and logs."""
         values = self.settings()
         return f"{values.pop('name')}({', '.join(f'{k}={v!r}' for k, v in values.items())})"
+
+
+class Only(Pruner):
+    """Some stages of one strategy; made by `Pruner.only`."""
+
+    def __init__(self, pruner: Pruner, stages: tuple[str, ...]):
+        missing = [s for s in stages if s not in pruner.stages()]
+        if missing or not stages:
+            raise ValueError(f"{pruner.name} has the stages {pruner.stages()}; only({', '.join(map(repr, stages))}) is none.")
+        self.pruner, self._stages, self.keep = pruner, stages, pruner.keep
+        self.name, self.positions, self.requires = pruner.name, pruner.positions, pruner.requires  # type: ignore[misc]
+
+    def stages(self) -> tuple[str, ...]:
+        return tuple(s for s in STAGES if s in self._stages)
+
+    def part(self, stage: str) -> Pruner | None:
+        return self.pruner if stage in self._stages else None
+
+    def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
+        return self.pruner.asks_to_prune(sizes)
+
+    def settings(self) -> dict[str, Any]:
+        return {**self.pruner.settings(), "only": list(self.stages())}
+
+    def describe(self) -> str:
+        return f"{self.pruner.describe()}.only({', '.join(map(repr, self.stages()))})"
+
+    def __repr__(self) -> str:
+        return f"{self.pruner!r}.only({', '.join(map(repr, self.stages()))})"
 
 
 class Pipeline(Pruner):
@@ -345,7 +382,7 @@ class Pipeline(Pruner):
                         f"both {owner[stage].name!r} and {part.name!r} claim the {stage!r} stage; a stage has one owner. "
                         f"Keep one of them, or use a strategy of another stage."
                     )
-                owner[stage] = part
+                owner[stage] = part.part(stage)
         self._owner = owner
         self.positions = "compact" if any(p.positions == "compact" for p in self.parts) else "original"  # type: ignore[misc]
         self.requires = frozenset().union(*(p.requires for p in self.parts))  # type: ignore[misc]

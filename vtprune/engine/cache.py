@@ -131,6 +131,11 @@ def check_cache(cache: Cache, depth: int) -> None:
         )
 
 
+def is_pruned(cache: Cache | None, layer: int = 0) -> bool:
+    """Whether `layer` of `cache` keeps its own books; after a pruned prefill all layers do."""
+    return cache is not None and layer < len(cache.layers) and isinstance(cache.layers[layer], PrunedLayer)
+
+
 def pruned_layer(cache: Cache, layer: int, past_valid: Tensor | None) -> PrunedLayer:
     """Layer `layer` of `cache` as a `PrunedLayer`, swapped in place if it was not one yet."""
     current = cache.layers[layer]

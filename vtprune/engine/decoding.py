@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from vtprune.engine.attention import Request, kernel_mask
-from vtprune.engine.cache import PrunedLayer, cache_bytes, check_cache, pruned_layer
+from vtprune.engine.cache import PrunedLayer, cache_bytes, check_cache, is_pruned, pruned_layer
 from vtprune.engine.encoding import ImageTokens
 from vtprune.engine.items import Item, checked, slice_rows, stack_carry, unstack_carry
 from vtprune.engine.stream import Stream, compress, groups, join_valid, take
@@ -107,7 +107,7 @@ class Pass:
         """Prepare the pass from the language model's arguments; returns them shortened, or None to leave them."""
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         self.cache = cache
-        pruned_before = cache is not None and any(isinstance(layer, PrunedLayer) for layer in cache.layers)
+        pruned_before = is_pruned(cache)
         if not self.features and not pruned_before:
             return None
         if embeds is None:
@@ -139,7 +139,7 @@ class Pass:
         if self.features:
             kwargs = self._enter(embeds, kwargs, past, use_cache)
         # from here on each layer gets its own mask; the model must not build one for lengths that layers do not have
-        if self.stream.pruned or (pruned_before and isinstance(self.cache.layers[0], PrunedLayer)):
+        if self.stream.pruned or pruned_before:
             kwargs = {**kwargs, "attention_mask": None}
         return kwargs
 
@@ -289,9 +289,7 @@ class Pass:
             if layer in self.plan.prefill and self.items:
                 hidden = self._cut(layer, hidden)
             self.streams.append(self.stream)
-            caches = self.cache.layers if self.cache is not None else []
-            own = self.stream.pruned or any(isinstance(caches[i], PrunedLayer) for i in {0, layer} if i < len(caches))
-            if not own:
+            if not (self.stream.pruned or is_pruned(self.cache, layer)):
                 return None
             kwargs = {**kwargs, **self._layer_arguments(layer, hidden, kwargs)}
             return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
@@ -461,6 +459,8 @@ class Pass:
             if self.items and self.cache is not None:
                 for layer in sorted(self.plan.decode):
                     self._evict(layer)
+                if self.stream.pruned or self.evicted:
+                    self._settle()
             if not self.stream.pruned:
                 return None
             hidden = self.stream.restore(output[0])
@@ -468,6 +468,13 @@ class Pass:
                 return (hidden, *output[1:])
             output.last_hidden_state = hidden
             return output
+
+    def _settle(self) -> None:
+        """From now on every layer of the cache speaks for itself, and none can be cropped into this prompt."""
+        for layer, stream in enumerate(self.streams):
+            past, past_valid = self._past(layer, stream)
+            valid = join_valid(past_valid, past, stream.valid, stream.index)
+            pruned_layer(self.cache, layer, valid).tail = 0
 
     def _evict(self, layer: int) -> None:
         stream, strategy = self.streams[layer], self.plan.pruner.part("decode")

@@ -1,0 +1,378 @@
+"""The commands. Each parses, hands over to the library, and prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from vtprune.cli.console import (
+    UserError,
+    assignments,
+    budget,
+    err,
+    fail,
+    flops,
+    mistakes,
+    out,
+    print_json,
+    share,
+    size,
+    strategy,
+    write_picture,
+    write_whole,
+)
+
+app = typer.Typer(
+    help="Prune visual tokens in vision-language models, training-free.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Picture = Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file, or the name of a shipped one (scene-0).")]
+Question = Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")]
+Extra = Annotated[list[str] | None, typer.Option("--image", help="Another picture, after the first. Repeatable.")]
+Model = Annotated[str | None, typer.Option(help="Hugging Face id or folder. Default: the embedded tiny model.")]
+Keep = Annotated[str, typer.Option(help="Budget: visual tokens per image (64), or a share (0.1).")]
+Positions = Annotated[str | None, typer.Option(help="original or compact. Default: what the strategy's paper did.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0; auto takes CUDA where there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")]
+Attn = Annotated[str, typer.Option(help="Attention implementation, as transformers names it.")]
+MaxNew = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of tables.")]
+
+
+@app.command()
+def ask(
+    image: Picture,
+    question: Question,
+    pruner: Annotated[str, typer.Option(help="A strategy, several joined by +, or none.")] = "flowcut",
+    keep: Keep = "64",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of the strategy. Repeatable.")] = None,
+    positions: Positions = None,
+    model: Model = None,
+    more: Extra = None,
+    overlay: Annotated[Path | None, typer.Option(help="Save a picture of what each stage kept.")] = None,
+    max_new_tokens: MaxNew = 64,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn: Attn = "sdpa",
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a question about a picture with a pruned model; print the answer and what pruning saved."""
+    with mistakes():
+        made = None if pruner == "none" else strategy(pruner, budget(keep), assignments(set_ or []))
+        if made is None and set_:
+            raise UserError("--set needs a strategy; --pruner none has no fields.")
+        from vtprune.cli import running
+
+        images = running.read_images([image, *(more or [])])
+        with err().status("loading the model"):
+            loaded = running.load(model, device, dtype, attn, trust_remote_code)
+            inputs = running.prepare(loaded, images, question)
+        with err().status("answering"):
+            text, report = running.answer(loaded, inputs, made, positions, max_new_tokens)
+        if overlay is not None:
+            write_picture(overlay, report.overlay(images, fit=_fit(loaded.processor)))
+        if as_json:
+            settings = made.settings() if made else {"name": "none"}
+            print_json(
+                {
+                    "answer": text,
+                    "question": question,
+                    "images": [image, *(more or [])],
+                    "model": loaded.name,
+                    "settings": settings,
+                    "report": report.to_dict(),
+                }
+            )
+            return
+        console = out()
+        console.print(f"[bold]{escape(text)}[/]", soft_wrap=True)
+        console.print()
+        console.print(_report_table(report))
+        for note in report.notes:
+            err().print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    image: Picture,
+    question: Question,
+    pruner: Annotated[list[str] | None, typer.Option(help="A strategy. Repeatable. Default: all.")] = None,
+    keep: Keep = "64",
+    positions: Positions = None,
+    model: Model = None,
+    sheet: Annotated[Path | None, typer.Option("--out", help="Save one picture of what each kept.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed prefills per strategy; the median is shown.")] = 3,
+    max_new_tokens: MaxNew = 64,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn: Attn = "sdpa",
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask several strategies the same question: answer, tokens, time, cache and picture side by side."""
+    with mistakes():
+        from vtprune.registry import available
+
+        share_of = budget(keep)
+        names = list(dict.fromkeys(pruner or available()))
+        made = {name: strategy(name, share_of, {}) for name in names if name != "none"}
+        from vtprune.cli import comparing, running
+
+        images = running.read_images([image])
+        with err().status("loading the model"):
+            loaded = running.load(model, device, dtype, attn, trust_remote_code)
+            inputs = running.prepare(loaded, images, question)
+        with err().status("") as status:
+            rows = comparing.run(
+                loaded,
+                inputs,
+                made,
+                positions,
+                max_new_tokens,
+                repeats,
+                lambda label: status.update(escape(label)),
+            )
+        if sheet is not None:
+            picture = comparing.draw(rows, images[0], f"{question}  (keep {keep})", _fit(loaded.processor))
+            write_picture(sheet, picture)
+        if as_json:
+            print_json(
+                {
+                    "question": question,
+                    "image": image,
+                    "model": loaded.name,
+                    "keep": share_of,
+                    "rows": [row.to_dict() for row in rows],
+                }
+            )
+        else:
+            out().print(_compare_table(rows))
+            for row in rows:
+                if row.error:
+                    err().print(f"[yellow]{escape(row.name)} did not run:[/] {escape(row.error)}", soft_wrap=True)
+        if made and all(row.error for row in rows[1:]):
+            raise fail("no strategy could run; see the reasons above.")
+
+
+@app.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """The strategies: their stages, what they need, their papers."""
+    with mistakes():
+        from vtprune.cli.listing import describe_all
+
+        rows = describe_all()
+        if as_json:
+            print_json(rows)
+            return
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("name", no_wrap=True)
+        for column in ("stages", "positions", "needs", "paper"):
+            table.add_column(column)
+        for row in rows:
+            name = row["name"] + (f" ({row['package']})" if row["package"] else "")
+            table.add_row(
+                escape(name), ", ".join(row["stages"]), row["positions"], ", ".join(row["needs"]) or "-", escape(row["paper"])
+            )
+        out().print(table)
+
+
+@app.command()
+def bench(
+    config: Annotated[str, typer.Option(help="An embedded configuration, or the path of a config.json.")] = "llava-1.5-7b",
+    layers: Annotated[int | None, typer.Option(help="Cut the decoder to this many layers. Default: all.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Budget. Repeatable. Default: 64 and 128.")] = None,
+    pruner: Annotated[list[str] | None, typer.Option(help="A strategy. Repeatable. Default: flowcut.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of all strategies. Repeatable.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per forward, one picture each.")] = 1,
+    text_tokens: Annotated[int, typer.Option(min=2, help="Prompt tokens besides the picture's.")] = 60,
+    decode_steps: Annotated[int, typer.Option(min=0, help="Decode steps to time after each prefill.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; every case runs once a round.")] = 5,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before them that do not count.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own choice.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, pictures and prompts.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    attn: Attn = "sdpa",
+    json_file: Annotated[str | None, typer.Option("--json", help="Write all figures to this file; - is stdout.")] = None,
+) -> None:
+    """Time strategies on a model with random weights: encoder, prefill, selection, cache, decode."""
+    with mistakes():
+        from vtprune import embedded
+
+        path = embedded.config(config)
+        keeps = [budget(text) for text in keep or ["64", "128"]]
+        fields = assignments(set_ or [])
+        from vtprune.measure.bench import cases_for
+
+        cases = cases_for(pruner or ["flowcut"], keeps, lambda name, keep: strategy(name, keep, fields))
+        import torch
+
+        from vtprune.cli import running
+        from vtprune.measure import bench as benching
+
+        place = running.pick_device(device)
+        kind = running.pick_dtype(dtype, place)
+        if threads:
+            torch.set_num_threads(threads)
+        with err().status("making random weights"):
+            model = benching.build(path, layers, kind, place, attn, seed)
+        inputs = benching.make_inputs(model, batch, text_tokens, seed)
+        rows = _timed_rows(model, inputs, cases, repeats, warmup, decode_steps)
+        depth = model.config.text_config.num_hidden_layers
+        setting = {
+            "config": config,
+            "decoder_layers": depth,
+            "batch": batch,
+            "text_tokens": text_tokens,
+            "dtype": str(kind).removeprefix("torch."),
+            "attn": attn,
+            "repeats": repeats,
+            "warmup": warmup,
+            "decode_steps": decode_steps,
+            **benching.machine(place),
+        }
+        data = {"setting": setting, "rows": [_row_dict(row) for row in rows]}
+        if json_file == "-":
+            print_json(data)
+        else:
+            if json_file is not None:
+                write_whole(Path(json_file), lambda p: p.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))
+            out().print(_bench_table(rows))
+            out().print(_setting_line(setting), soft_wrap=True)
+        for row in rows:
+            if row.error:
+                err().print(f"[yellow]{escape(row.label)} did not run:[/] {escape(row.error)}", soft_wrap=True)
+        if cases and all(row.error for row in rows[1:]):
+            raise fail("no strategy could run; see the reasons above.")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        import vtprune
+
+        typer.echo(vtprune.__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the `vtprune` command."""
+    app()
+
+
+def _timed_rows(model, inputs, cases, repeats: int, warmup: int, decode_steps: int):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from vtprune.measure.bench import measure
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err(), transient=True) as progress:
+        task = progress.add_task("", total=(len(cases) + 1) * (repeats + warmup))
+
+        def tick(label: str) -> None:
+            progress.update(task, description=escape(label))
+            progress.advance(task)
+
+        return measure(model, inputs, cases, repeats, warmup, decode_steps, tick)
+
+
+def _fit(processor) -> str:
+    """How the processor makes pictures square, for overlays."""
+    return "crop" if getattr(getattr(processor, "image_processor", None), "do_center_crop", False) else "stretch"
+
+
+def _report_table(report) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    tokens = sum(s.visual_tokens for s in report.samples)
+    table.add_row("strategy", escape(report.strategy))
+    table.add_row("positions", report.positions)
+    table.add_row("visual tokens", str(tokens))
+    table.add_row("entering the decoder", str(sum(len(s.kept) for s in report.samples)))
+    table.add_row("equivalent tokens", f"{report.equivalent_tokens:.1f} (mean over decoder layers)")
+    cache = f"{size(report.kv_bytes)}, {share(report.kv_bytes, report.kv_bytes_full)} of {size(report.kv_bytes_full)} unpruned"
+    table.add_row("KV cache", cache)
+    work = f"{flops(report.flops)}, {share(report.flops, report.flops_full)} of {flops(report.flops_full)} unpruned"
+    table.add_row("FLOPs to first token", work)
+    table.add_row("prefill", f"{report.prefill_ms:.1f} ms, first run, not warmed up")
+    table.add_row("of which selection", f"{report.selection_ms:.1f} ms")
+    return table
+
+
+def _compare_table(rows) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("strategy")
+    table.add_column("answer", overflow="fold", max_width=40)
+    for column in ("tokens in", "equivalent", "prefill ms", "selection ms", "KV", "FLOPs"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        if row.error:
+            table.add_row(escape(row.name), "[yellow]did not run[/]", *["-"] * 6)
+            continue
+        table.add_row(
+            escape(row.name),
+            escape(row.answer),
+            str(row.entered),
+            f"{row.equivalent_tokens:.1f}",
+            f"{row.prefill_ms:.1f}",
+            f"{row.selection_ms:.1f}",
+            size(row.kv_bytes),
+            flops(row.flops),
+        )
+    return table
+
+
+def _bench_table(rows) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("case")
+    heads = ("tokens in", "equiv.", "encoder ms", "decoder ms", "prefill ms (IQR)", "speed-up", "FLOPs bound")
+    for column in (*heads, "selection ms", "KV", "decode ms/token"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        if row.error:
+            table.add_row(escape(row.label), *["-"] * 10)
+            continue
+        table.add_row(
+            escape(row.label),
+            f"{row.entered:g}",
+            f"{row.equivalent_tokens:.1f}",
+            f"{row.encoder.median:.1f}",
+            f"{row.decoder.median:.1f}",
+            f"{row.prefill.median:.1f} ({row.prefill.low:.1f}-{row.prefill.high:.1f})",
+            f"{row.speedup:.2f}x",
+            f"{row.flops_bound:.2f}x",
+            f"{row.selection.median:.1f} ({100 * row.selection_share:.1f} %)",
+            size(row.kv_bytes),
+            f"{row.decode.median:.1f}" if row.decode else "-",
+        )
+    return table
+
+
+def _setting_line(setting: dict[str, Any]) -> str:
+    s = setting
+    parts = (
+        f"{s['config']}, random weights, {s['decoder_layers']} decoder layers, batch {s['batch']}, "
+        f"{s['text_tokens']} text tokens, {s['dtype']}, {s['attn']};",
+        f"medians of {s['repeats']} interleaved rounds; selection as share of unpruned prefill.",
+        f"{s['device']}, {s['threads']} threads, torch {s['torch']}, transformers {s['transformers']}, vtprune {s['vtprune']},",
+        f"{s['date']}.",
+    )
+    return escape(" ".join(parts))
+
+
+def _row_dict(row) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(row)
