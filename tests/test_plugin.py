@@ -112,7 +112,7 @@ def test_two_packages_that_take_one_name_raise(installed, tmp_path, monkeypatch)
 @pytest.mark.parametrize("value", ["vtprune.select:top", "vtprune.pruner:Keep"])
 def test_what_is_no_strategy_raises(tmp_path, monkeypatch, value):
     monkeypatch.syspath_prepend(str(announce(tmp_path, "odd", value)))
-    with pytest.raises(TypeError, match=rf"entry point 'odd' \({value}\) .*no Pruner subclass"):
+    with pytest.raises(TypeError, match=rf"entry point 'odd' \({value}\) .*no Pruner dataclass"):
         vtprune.available()
 
 

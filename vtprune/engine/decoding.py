@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from vtprune.engine.items import Item, checked, slice_rows, stack_carry, unstack
 from vtprune.engine.stream import Stream, compress, groups, join_valid, take
 from vtprune.families.base import Site
 from vtprune.measure.clock import Clock
-from vtprune.measure.flops import linear_flops_per_token, stack_flops
+from vtprune.measure.flops import layer_costs, linear_flops_per_token, stack_flops
 from vtprune.pruner import (
     DecodeView,
     Needs,
@@ -57,6 +58,12 @@ class Plan:
     @property
     def depth(self) -> int:
         return len(self.site.decoder_layers)
+
+    @cached_property
+    def costs(self) -> tuple[list[tuple[int, int]], int, list[tuple[int, int]]]:
+        """FLOPs of the encoder blocks, the projector (per token) and the decoder layers; the modules are walked once."""
+        site = self.site
+        return layer_costs(site.encoder_layers), linear_flops_per_token(site.projector), layer_costs(site.decoder_layers)
 
     @property
     def kernel(self) -> str:
@@ -628,25 +635,18 @@ class Pass:
 
     def _flops(self) -> tuple[int, int]:
         past = self.cache.get_seq_length() - self.stream.length if self.cache is not None else 0
-        decoder = self.plan.site.decoder_layers
+        encoder, projector, decoder = self.plan.costs
         fed = self._fed_tokens()
         per_layer = []
         for stream in self.streams:
             n = stream.index.shape[1]
-            counts = [n] * len(fed) if stream.valid is None else stream.valid.sum(1).tolist()
+            counts = [n] * len(fed) if stream.valid is None else stream.memo("counts", lambda s=stream: s.valid.sum(1).tolist())
             per_layer.append([(c, past + c) for c in counts])
         flops = stack_flops(decoder, per_layer)
         full = stack_flops(decoder, [[(n, past + n) for n in fed]] * len(decoder))
-        projector = linear_flops_per_token(self.plan.site.projector)
-        seen: set[int] = set()
-        for record in self._records:
-            encoding = record.encoding
-            if encoding is None or id(encoding) in seen:
-                continue
-            seen.add(id(encoding))
-            blocks = self.plan.site.encoder_layers
-            flops += stack_flops(blocks, [[(n, n) for n in lengths] for lengths in encoding.lengths])
-            full += stack_flops(blocks, [[(encoding.sequence,) * 2] * len(encoding.items)] * len(blocks))
+        for encoding in {id(r.encoding): r.encoding for r in self._records if r.encoding is not None}.values():
+            flops += stack_flops(encoder, [[(n, n) for n in lengths] for lengths in encoding.lengths])
+            full += stack_flops(encoder, [[(encoding.sequence,) * 2] * len(encoding.items)] * len(encoder))
         unique = {id(r): r for r in self._records}.values()
         flops += projector * sum(len(r.item.index) for r in unique)
         full += projector * sum(r.size for r in unique)

@@ -22,6 +22,7 @@ from vtprune.engine.attention import attach_tap
 from vtprune.engine.decoding import Pass, Plan
 from vtprune.engine.encoding import Encoding, attach_records, new_clock
 from vtprune.families import locate
+from vtprune.measure.clock import NoClock
 from vtprune.pruner import BudgetError, Pipeline, Pruner, UnsupportedError
 from vtprune.reporting import Report
 
@@ -157,6 +158,13 @@ class Session:
 
         self._undo.append(undo)
 
+    def _arguments(self, module: str, args: tuple, kwargs: dict) -> dict:
+        """All arguments of a forward call by name."""
+        if not args:
+            return dict(kwargs)
+        bound = inspect.signature(getattr(self.site, module).forward).bind_partial(*args, **kwargs).arguments
+        return {name: value for name, value in bound.items() if name != "kwargs"} | bound.get("kwargs", {})
+
     @staticmethod
     def _check_layers(needs, low: int, high: int, stage: str) -> None:
         outside = [layer for layer in needs if not low <= layer < high]
@@ -226,8 +234,7 @@ class Session:
 
     def _before_base(self, module, args, kwargs) -> None:
         self._local.call = None
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        given = {**bound, **bound.get("kwargs", {})}
+        given = self._arguments("base", args, kwargs)
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         has_images = encoded is not None or given.get("pixel_values") is not None
@@ -245,7 +252,10 @@ class Session:
                     f"pixel_values from the processor, or take the placeholder out of the prompt."
                 )
         features = None if encoded is None else list(encoded.pooler_output)
-        clock = self._clock_of(features) if features else new_clock(self.site.base)
+        if features:
+            clock = self._clock_of(features)
+        else:
+            clock = new_clock(self.site.base) if has_images else NoClock()
         self._local.call = call = Call(clock, ids, placeholders, features)
         call.mark = clock.start("prefill")
 
@@ -280,14 +290,12 @@ class Session:
     def _before_decoder(self, module, args, kwargs):
         self._local.running = None
         call = getattr(self._local, "call", None)
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-        given = {k: v for k, v in bound.arguments.items() if k != "kwargs"} | bound.arguments.get("kwargs", {})
-        if call is None:
-            running = Pass(self.plan, new_clock(self.site.base))
-        else:
+        if call is not None and call.features:
             running = Pass(self.plan, call.clock, call.input_ids, call.placeholders, call.features)
+        else:
+            running = Pass(self.plan, NoClock())
         self._local.running = running
-        changed = running.begin(given)
+        changed = running.begin(self._arguments("decoder", args, kwargs))
         return None if changed is None else ((), changed)
 
     def _before_layer(self, layer: int, module, args, kwargs):

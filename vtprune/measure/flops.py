@@ -26,14 +26,20 @@ def attention_width(layer: nn.Module) -> int:
     return 0
 
 
-def stack_flops(layers: Iterable[nn.Module], lengths: Iterable[Iterable[tuple[int, int]]]) -> int:
+def layer_costs(layers: Iterable[nn.Module]) -> list[tuple[int, int]]:
+    """(linear FLOPs per token, attention width) of each transformer layer."""
+    return [(linear_flops_per_token(layer), attention_width(layer)) for layer in layers]
+
+
+def stack_flops(costs: Iterable[tuple[int, int]], lengths: Iterable[Iterable[tuple[int, int]]]) -> int:
     """FLOPs of a stack of transformer layers.
 
     Parameters:
+        costs: from `layer_costs`.
         lengths: for each layer a list over samples of (tokens it ran on, keys they attended to).
     """
-    total = 0
-    for layer, pairs in zip(layers, lengths, strict=True):
-        per_token, width = linear_flops_per_token(layer), attention_width(layer)
-        total += sum(n * per_token + 4 * n * keys * width for n, keys in pairs)
-    return total
+    return sum(
+        n * per_token + 4 * n * keys * width
+        for (per_token, width), pairs in zip(costs, lengths, strict=True)
+        for n, keys in pairs
+    )
