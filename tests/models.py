@@ -51,6 +51,12 @@ def tiny_llava(attn: str = "sdpa", kv_heads: int = 2, layers: int = 4, blocks: i
     return model
 
 
+def vision_blocks(model):
+    """The vision encoder's blocks; older transformers put one more module in between."""
+    tower = model.model.vision_tower
+    return getattr(tower, "vision_model", tower).encoder.layers
+
+
 def prompt(*parts: int | str) -> list[int]:
     """Token ids: an int stands for that many text tokens, "I" for an image."""
     ids, word = [1], 3

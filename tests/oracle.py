@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from models import IMAGE
+from models import IMAGE, vision_blocks
 
 from vtprune.reporting import SampleReport
 
@@ -36,7 +36,7 @@ def _mask(model, allowed: torch.Tensor, part: str) -> torch.Tensor:
 
 def _encoder_hooks(model, turns: list[Turn]):
     """Masks in the vision encoder, one row per image of the conversation."""
-    blocks = model.model.vision_tower.encoder.layers
+    blocks = vision_blocks(model)
     per_block = []
     for block in range(len(blocks)):
         rows = []

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from models import IMAGE, TOKENS, batch, images, prompt, tiny_llava
+from models import IMAGE, TOKENS, batch, images, prompt, tiny_llava, vision_blocks
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -557,7 +557,7 @@ def test_an_exception_in_the_middle_of_generate(model, name, where):
     victim, nth = {
         "prefill": (model.model.language_model.layers[2], 1),
         "decode": (model.model.language_model.layers[2], 3),
-        "encoder": (model.model.vision_tower.encoder.layers[3], 1),
+        "encoder": (vision_blocks(model)[3], 1),
         "head": (model.lm_head, 2),
     }[where]
     calls = 0

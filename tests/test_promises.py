@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from models import IMAGE, TOKENS, batch, images, prompt, tiny_llava
+from models import IMAGE, TOKENS, batch, images, prompt, tiny_llava, vision_blocks
 from oracle import Turn, oracle_logits
 from transformers import DynamicCache
 
@@ -482,7 +482,7 @@ def test_an_exception_leaves_nothing_behind(strategy, place):
     vtprune.wrap(model, STRATEGIES[strategy]())
     good = run(model, prompts, pixels)
     wrapped = fingerprint(model)
-    where = model.model.vision_tower.encoder.layers[3] if place == "encoder" else model.model.language_model.layers[2]
+    where = vision_blocks(model)[3] if place == "encoder" else model.model.language_model.layers[2]
     calls = []
 
     def fail(module, args):

@@ -53,7 +53,7 @@ class Entry:
         title: the strategy.
         caption: a line below it, e.g. how many tokens it kept.
         answer: what the model said.
-        picture: as `final_picture` draws it, or None for a cell of text only.
+        picture: as `final_picture` draws it, or None for a strategy that did not run; the caption says why, then.
     """
 
     title: str
@@ -140,13 +140,13 @@ def contact_sheet(entries: Sequence[Entry], heading: str = "", columns: int = 4)
     columns = -(-len(entries) // -(-len(entries) // columns))
     sizes = [e.picture.size for e in entries if e.picture is not None] or [(PANEL, PANEL)]
     width, height = max(w for w, _ in sizes), max(h for _, h in sizes)
-    title, small, head = _font(20), _font(15), _font(22)
-    answers = [_wrap(e.answer, small, width, 3) for e in entries]
-    captions = [_wrap(e.caption, small, width, 2) for e in entries]
+    title, small, said, head = _font(20), _font(15), _font(18), _font(22)
+    answers = [_wrap(e.answer, said, width, 3) for e in entries]
+    captions = [_wrap(e.caption if e.picture else "", small, width, 2) for e in entries]
     texts = []
     for at in range(0, len(entries), columns):
         lines = max(len(c) + len(a) for c, a in zip(captions[at : at + columns], answers[at : at + columns], strict=True))
-        texts.append(30 + 20 * lines + 6)
+        texts.append(30 + 22 * lines + 6)
     top = MARGIN + (0 if not heading else 28 * len(_wrap(heading, head, columns * (width + GAP), 3)) + 8)
     page = Image.new(
         "RGB",
@@ -162,17 +162,19 @@ def contact_sheet(entries: Sequence[Entry], heading: str = "", columns: int = 4)
         y = top + sum(texts[:row]) + row * (height + GAP)
         if entry.picture is None:
             draw.rectangle((x, y, x + width - 1, y + height - 1), fill=(241, 243, 244))
-            draw.text((x + width / 2, y + height / 2), "did not run", FAINT, title, anchor="mm")
+            draw.text((x + 14, y + 14), "did not run", INK, title)
+            for line, text in enumerate(_wrap(entry.caption, small, width - 28, (height - 60) // 20)):
+                draw.text((x + 14, y + 46 + 20 * line), text, FAINT, small)
         else:
             page.paste(entry.picture, (x, y))
         draw.text((x, y + height + 6), _wrap(entry.title, title, width, 1)[0], INK, title)
         y += height + 32
         for text in captions[at]:
             draw.text((x, y), text, FAINT, small)
-            y += 20
+            y += 22
         for text in answers[at]:
-            draw.text((x, y), text, INK, small)
-            y += 20
+            draw.text((x, y), text, INK, said)
+            y += 22
     return page
 
 
@@ -276,7 +278,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int, lines: int) -> list[str]:
     """Break `text` into at most `lines` lines of `width` pixels, with an ellipsis where it goes on."""
-    words, out, line = text.split(), [], ""
+    # no letter is narrower than two pixels, so more text than this cannot fit
+    words, out, line = text[: lines * width // 2 + 1].split(), [], ""
     while words:
         longer = f"{line} {words[0]}".strip()
         if font.getlength(longer) <= width:

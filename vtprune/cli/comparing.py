@@ -94,16 +94,20 @@ def draw(rows: list[CompareRow], image: Image.Image, heading: str, fit: str) -> 
     Raises:
         VizError: if the image's tokens form no grid.
     """
-    return contact_sheet([_entry(row, image, fit) for row in rows], heading)
+    # those that did not run go last
+    return contact_sheet([_entry(row, image, fit) for row in sorted(rows, key=lambda row: bool(row.error))], heading)
 
 
 def _entry(row: CompareRow, image: Image.Image, fit: str) -> Entry:
     if row.report is None:
-        return Entry(row.name, "", row.error or "")
+        return Entry(row.name, row.error or "", "")
     sample = row.report.samples[0]
     steps = [f"{len(stage.kept)} {stage.title}" for stage in stages(sample) if not stage.title.startswith("after encoder")]
     if len(steps) == 1:
-        caption = f"{len(sample.kept)} of {sample.visual_tokens} visual tokens"
+        kept = len(sample.kept)
+        caption = (
+            f"all {kept} visual tokens" if kept == sample.visual_tokens else f"{kept} of {sample.visual_tokens} visual tokens"
+        )
     else:
-        caption = f"of {sample.visual_tokens}: " + ", ".join(steps[-2:])
-    return Entry(row.name, caption, row.answer or "", final_picture(sample, image, fit))
+        caption = f"{steps[-2]}, {steps[-1]}"
+    return Entry(row.name, caption, f"\u201c{row.answer}\u201d", final_picture(sample, image, fit))

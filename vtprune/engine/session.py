@@ -205,9 +205,20 @@ class Session:
             output.pooler_output = attach_records(list(output.pooler_output), encoding)
         if call is not None:
             call.features = output.pooler_output
+            self._hand_on_decisions(given.get("pixel_values"), output.pooler_output)
         else:
             self._local.fresh = [weakref.ref(f) for f in output.pooler_output]
         return output.to_tuple() if as_tuple else output
+
+    def _hand_on_decisions(self, pixels: torch.Tensor | None, features: list[torch.Tensor]) -> None:
+        """Runs without a cache that feed the very same pixels at each step (transformers < 5.18 does) decide once."""
+        if pixels is None:
+            return
+        last, before = getattr(self._local, "pixels", (None, []))
+        if last is not None and last() is pixels and len(before) == len(features):
+            for record, feature in zip(before, features, strict=True):
+                feature._vtprune.replays = record.replays
+        self._local.pixels = (weakref.ref(pixels), [f._vtprune for f in features])
 
     def _before_block(self, block: int, module, args, kwargs):
         encoding = getattr(self._local, "encoding", None)
@@ -252,10 +263,11 @@ class Session:
                     f"pixel_values from the processor, or take the placeholder out of the prompt."
                 )
         features = None if encoded is None else list(encoded.pooler_output)
+        clock = NoClock()
         if features:
             clock = self._clock_of(features)
-        else:
-            clock = new_clock(self.site.base) if has_images else NoClock()
+        elif has_images:
+            clock = new_clock(self.site.base)
         self._local.call = call = Call(clock, ids, placeholders, features)
         call.mark = clock.start("prefill")
 

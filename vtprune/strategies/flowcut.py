@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,8 @@ def share(weights: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
-def flow_score(attention: Tensor, semantic: Tensor, value: Tensor) -> Tensor:
-    """(attention share + semantic share) * L1 norm of the head-mean value.
+def flow_score(attention: Tensor, semantic: Tensor, value: Tensor, semantic_weight: float = 1.0) -> Tensor:
+    """(attention share + semantic_weight * semantic share) * L1 norm of the head-mean value.
 
     Parameters:
         attention, semantic: [B, N] head means, each renormalised here over the N patches.
@@ -40,14 +41,14 @@ def flow_score(attention: Tensor, semantic: Tensor, value: Tensor) -> Tensor:
     Returns:
         [B, N] fp32.
     """
-    return (share(attention) + share(semantic)) * value.float().abs().sum(-1)
+    return (share(attention) + semantic_weight * share(semantic)) * value.float().abs().sum(-1)
 
 
 def entropy_ratio(attention: Tensor) -> Tensor:
     """[B] entropy of the renormalised attention [B, N] over its maximum ln N: 1 for flat, 0 for a single peak."""
     # entr is 0 at p = 0, where p * ln p would be NaN
     entropy = torch.special.entr(share(attention)).sum(-1)
-    return entropy / torch.log(torch.tensor(float(max(attention.shape[-1], 2))))
+    return entropy / math.log(max(attention.shape[-1], 2))
 
 
 def drop_count(attention: Tensor, target: int, remaining: int, entropy_power: float, depth_power: float) -> Tensor:
@@ -73,6 +74,7 @@ class FlowCut(Pruner):
         decoder_layer: 0-based decoder layer whose output is cut.
         momentum: weight of the accumulated score against the current block's.
         every: blocks between two cuts.
+        semantic_weight: weight of value similarity to CLS against attention from CLS.
         entropy_power, depth_power: exponents of the entropy ratio and of the number of blocks left.
     Raises:
         BudgetError: for a budget or field without meaning.
@@ -83,6 +85,7 @@ class FlowCut(Pruner):
     decoder_layer: int = 1
     momentum: float = 0.5
     every: int = 2
+    semantic_weight: float = 1.0
     entropy_power: float = 2.0
     depth_power: float = 0.5
 
@@ -121,7 +124,7 @@ class FlowCut(Pruner):
         to_patch = torch.einsum("bhd,bhnd->bhn", rows.query_values[:, :, 0], rows.values)
         to_cls = rows.query_values[:, :, 0].square().sum(-1, keepdim=True)
         semantic = torch.cat([to_cls, to_patch], -1).softmax(-1)[..., 1:].mean(1)
-        score = flow_score(attention, semantic, rows.values.mean(1))
+        score = flow_score(attention, semantic, rows.values.mean(1), self.semantic_weight)
         past = view.carry.get("flow")
         flow = score if past is None else self.momentum * past + (1 - self.momentum) * score
         view.carry["flow"] = flow
@@ -149,4 +152,4 @@ class FlowCut(Pruner):
         scale = rows.values.shape[-1] ** -0.5
         semantic = torch.einsum("bhd,bhnd->bhn", rows.query_values[:, :, 0], rows.values) * scale
         semantic = semantic.softmax(-1).mean(1)
-        return Keep(top(flow_score(relation, semantic, rows.values.mean(1)), target))
+        return Keep(top(flow_score(relation, semantic, rows.values.mean(1), self.semantic_weight), target))
