@@ -68,7 +68,7 @@ def text_match(llava: nn.Module, folder: Path, pictures: np.ndarray, scenes: lis
     from .train_encoder import WordIds
 
     clip, ids = load_clip(llava, folder), WordIds()
-    n = 50
+    n = min(50, len(pictures))
     states = encode(llava.model.vision_tower, pixels(pictures[:n]))
     v = clip.visual_projection(clip.vision_model.post_layernorm(states[-1][:, 0]))
     t = clip.get_text_features(*ids.captions([s.caption(np.random.default_rng(0), most=4) for s in scenes[:n]]))
