@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 IMAGE = 99
 GRID = 6
 TOKENS = GRID * GRID
 
 
-def tiny_llava(attn: str = "sdpa", kv_heads: int = 2, layers: int = 4, blocks: int = 6, seed: int = 0):
+def tiny_llava(
+    attn: str = "sdpa", kv_heads: int = 2, layers: int = 4, blocks: int = 6, seed: int = 0, siglip: bool = False, **options
+):
     """A LLaVA of 36 visual tokens with weights large enough that dropping a token shows in the logits."""
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=blocks,
-        num_attention_heads=4,
-        image_size=8 * GRID,
-        patch_size=8,
-        projection_dim=16,
-    )
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "image_size": 8 * GRID,
+        "patch_size": 8,
+    }
+    vision = SiglipVisionConfig(**sizes, vision_use_head=False) if siglip else CLIPVisionConfig(**sizes, projection_dim=16)
     text = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -38,8 +40,7 @@ def tiny_llava(attn: str = "sdpa", kv_heads: int = 2, layers: int = 4, blocks: i
         vision_config=vision,
         text_config=text,
         image_token_id=IMAGE,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        **{"vision_feature_layer": -2, "vision_feature_select_strategy": "full" if siglip else "default", **options},
     )
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn).eval()
     for parameter in model.parameters():

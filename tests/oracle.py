@@ -37,19 +37,20 @@ def _mask(model, allowed: torch.Tensor, part: str) -> torch.Tensor:
 def _encoder_hooks(model, turns: list[Turn]):
     """Masks in the vision encoder, one row per image of the conversation."""
     blocks = vision_blocks(model)
+    special = 0 if "siglip" in model.config.vision_config.model_type else 1
     per_block = []
     for block in range(len(blocks)):
         rows = []
         for turn in turns:
             offset = 0
             for size in turn.sample.images:
-                alive = torch.ones(1 + size, dtype=torch.bool)
+                alive = torch.ones(special + size, dtype=torch.bool)
                 for at, index in turn.sample.encoded:
                     if at < block:
                         mine = index[(index >= offset) & (index < offset + size)] - offset
-                        alive = torch.zeros(1 + size, dtype=torch.bool)
-                        alive[0] = True
-                        alive[1 + mine] = True
+                        alive = torch.zeros(special + size, dtype=torch.bool)
+                        alive[:special] = True
+                        alive[special + mine] = True
                 rows.append(alive)
                 offset += size
         per_block.append(torch.stack(rows))

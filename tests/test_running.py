@@ -296,3 +296,48 @@ def test_a_refused_crop_leaves_the_cache_whole(model, strategy):
         model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)
         cache.crop(-2)
         assert [layer.keys.shape[-2] for layer in cache.layers] == lengths
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_an_encoder_without_a_class_token(attn):
+    """SigLIP: what needs CLS refuses, encoder-stage cuts by the mean query work and equal the oracle's."""
+
+    @dataclass
+    class Mean(vtprune.Pruner):
+        keep: int = 15
+        name = "mean"
+
+        def encode_needs(self, depth):
+            return {1: vtprune.Needs("mean")}
+
+        def encode(self, view):
+            return vtprune.Keep(view.rows.attention()[:, :, 0].mean(1).topk(view.target(self.keep)).indices)
+
+    model = tiny_llava(attn, siglip=True)
+    with pytest.raises(vtprune.UnsupportedError, match=r"cls.*siglip"):
+        vtprune.wrap(model, "flowcut", keep=12)
+    for pruner in (Mean(), vtprune.FastV(keep=24), vtprune.Uniform(keep=7)):
+        with torch.no_grad(), vtprune.pruning(model, pruner) as session:
+            out = model(**batch(PROMPTS[:1]), pixel_values=PIXELS[:1])
+        turn = Turn(PROMPTS[0], [], session.report.samples[0], PIXELS[:1])
+        expected = oracle_logits(model, [turn], compact=False)
+        torch.testing.assert_close(out.logits[0, -1], expected[-1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_class_token_among_the_features_is_refused_by_encoder_strategies():
+    model = tiny_llava(vision_feature_select_strategy="full")
+    inputs = batch([[*prompt(2, "I"), IMAGE, 7, 8]])
+    with torch.no_grad(), vtprune.pruning(model, "random", keep=12) as session:
+        model(**inputs, pixel_values=PIXELS[:1])
+        assert session.report.samples[0].visual_tokens == TOKENS + 1
+    with vtprune.pruning(model, "flowcut", keep=12), pytest.raises(vtprune.UnsupportedError, match="select_strategy"):
+        model(**inputs, pixel_values=PIXELS[:1])
+
+
+def test_several_feature_layers_are_refused_by_encoder_strategies():
+    model = tiny_llava(vision_feature_layer=[-2, -3])
+    with torch.no_grad(), vtprune.pruning(model, "uniform", keep=12) as session:
+        model(**batch(PROMPTS[:1]), pixel_values=PIXELS[:1])
+    assert session.report.equivalent_tokens == 12
+    with pytest.raises(vtprune.UnsupportedError, match="vision_feature_layer"):
+        vtprune.wrap(model, "flowcut", keep=12)

@@ -11,7 +11,7 @@ from vtprune.engine.attention import Request, padding_mask
 from vtprune.engine.items import Item, checked, slice_rows, stack_carry, unstack_carry
 from vtprune.engine.stream import groups
 from vtprune.measure.clock import Clock
-from vtprune.pruner import EncodeView, Needs, Pruner, Rows
+from vtprune.pruner import EncodeView, Needs, Pruner, Rows, UnsupportedError
 
 
 class Encoding:
@@ -182,6 +182,12 @@ def attach_records(features: list[Tensor], encoding: Encoding) -> list[Tensor]:
             item, full = Item(index, (len(feature),)), feature
         else:
             item = encoding.items[at]
+            if len(feature) != max(encoding.counts):
+                raise UnsupportedError(
+                    f"{len(feature)} visual tokens came out of the projector for {max(encoding.counts)} patches, so they do not "
+                    f"stand for one another (vision_feature_select_strategy='full' keeps the class token, for one). Use the "
+                    f"'default' select strategy, or a strategy of another stage."
+                )
             full = _full_length(feature, item.index.to(feature.device), item.sizes[0])
         # the tensor object itself is what reaches the decoder, once per beam, and is what a second question finds again
         full._vtprune = ImageTokens(item, item.sizes[0], encoding)
