@@ -100,12 +100,13 @@ def evaluate(folder: Path, questions: int, workers: int = 2) -> dict[str, object
     runs.append(("oracle 64, compact", features, keep_oracle(64), True))
     runs.append(("random 64, compact", features, keep_random(64), True))
     runs.append(("noise, all 576", blind, keep_all, False))
+    runs.append(("another picture, all 576", features.roll(1, 0), keep_all, False))
     table: dict[str, dict[str, float]] = {}
     for name, feats, select, compact in runs:
         row = score(llava, scenes, feats, packer, select, per, GRADED, compact=compact)
         row |= {"reading": score(llava, scenes, feats, packer, select, 1, ("reading",), compact=compact)["reading"]}
         table[name] = row
-        print(f"{name:20s}", {t: round(row[t], 3) for t in (*TYPES, "all")}, flush=True)
+        print(f"{name:25s}", {t: round(row[t], 3) for t in (*TYPES, "all")}, flush=True)
     first = min(200, len(scenes))
     focus = cls_focus(vision, scenes[:first], pictures[:first])
     for f in focus:
@@ -176,7 +177,8 @@ print(processor.batch_decode(model.generate(**inputs)[:, inputs["input_ids"].sha
 Held-out pictures (split `test`, seeds 0 to {last}), {total} questions not counting reading, greedy decoding, exact match, in
 percent. "Random k" and "oracle k" keep k of the 576 visual tokens after the projector, at their original positions
 ("compact": numbered anew); the oracle keeps the patches of the objects (for reading, of the word) and fills up by
-chance. "All" is over every type but reading. Weights as stored ({dtype}), computed under bfloat16 autocast.
+chance. "All" is over every type but reading. "Another picture" asks about the picture before: what the questions
+give away. Weights as stored ({dtype}), computed under bfloat16 autocast.
 
 {table}
 

@@ -184,9 +184,9 @@ def attach_records(features: list[Tensor], encoding: Encoding) -> list[Tensor]:
             item = encoding.items[at]
             if len(feature) != max(encoding.counts):
                 raise UnsupportedError(
-                    f"{len(feature)} visual tokens came out of the projector for {max(encoding.counts)} patches, so they do not "
-                    f"stand for one another (vision_feature_select_strategy='full' keeps the class token, for one). Use the "
-                    f"'default' select strategy, or a strategy of another stage."
+                    f"{len(feature)} visual tokens came out of the projector for {max(encoding.counts)} patches, so they do "
+                    f"not stand for one another (vision_feature_select_strategy='full' keeps the class token, for one). Use "
+                    f"the 'default' select strategy, or a strategy of another stage."
                 )
             full = _full_length(feature, item.index.to(feature.device), item.sizes[0])
         # the tensor object itself is what reaches the decoder, once per beam, and is what a second question finds again
