@@ -184,6 +184,8 @@ class Ragged(vtprune.Pruner):
 
     def prefill(self, view):
         assert view.carry["first"].shape == view.index.shape
+        assert len(view.computed) == view.layer and view.computed[-1] == view.tokens
+        assert view.hidden is None or view.hidden.shape[:2] == view.index.shape
         return self.cut(view.rows.attention().sum((1, 2)), 0.25)
 
     def decode_needs(self, depth):

@@ -102,6 +102,10 @@ class Pass:
         self.logical: Tensor | None = None
         self.replays: list[Decision | None] | None = None
         self.evicted: dict[int, Tensor] = {}
+        # of the images fed in this pass: which belong to each row, what the encoder left of them, what entered
+        self._images: list[list[int]] = []
+        self._records: list[ImageTokens] = []
+        self._image_items: list[Item] = []
 
     @property
     def active(self) -> bool:
@@ -180,7 +184,7 @@ class Pass:
         rows = where[starts[:-1].to(where.device), 0].tolist()
         if rows != ends:
             raise UnsupportedError("an image's placeholder tokens are spread over two samples of the batch.")
-        self._images: list[list[int]] = [[] for _ in range(embeds.shape[0])]
+        self._images = [[] for _ in range(embeds.shape[0])]
         for image, row in enumerate(rows):
             self._images[row].append(image)
         self.stream.visual.copy_(torch.where(self.placeholders, self.placeholders.long().cumsum(1) - 1, -1))
@@ -196,7 +200,9 @@ class Pass:
                 for image, entered in zip(self._images[row], decision.entered if decision else [], strict=True):
                     items[image].index = entered
         elif self.plan.pruner.part("select") is not None:
+            embeds = embeds.contiguous()  # merged vectors are written into it
             self._select(items, records, where, starts, embeds)
+            kwargs = {**kwargs, "inputs_embeds": embeds}
 
         if sum(len(item.index) for item in items) < total:
             alive = torch.zeros(total, dtype=torch.bool, device=embeds.device)
@@ -346,8 +352,8 @@ class Pass:
             some = bool(lost.any())
         else:
             strategy, rows = self.plan.pruner.part("prefill"), self.rows.pop(("prefill", layer - 1), None)
-            computed = [[c[i] for c in (s.visual_slots()[0] for s in self.streams)] for i in range(len(counts))]
-            for group, common in self._views(counts, slots, numbers, rows):
+            computed = list(zip(*(stream.visual_slots()[0] for stream in self.streams), strict=True))
+            for group, common in self._views(counts, numbers, rows, alike=computed):
                 members = [self.items[i] for i in group]
                 view = PrefillView(
                     **common,
@@ -356,7 +362,7 @@ class Pass:
                     hidden=take(hidden[group], slots[group][:, : counts[group[0]]])
                     if self.plan.prefill[layer].hidden
                     else None,
-                    computed=tuple(computed[group[0]]),
+                    computed=computed[group[0]],
                 )
                 keep = strategy.prefill(view)
                 unstack_carry(members, view.carry)
@@ -380,14 +386,15 @@ class Pass:
         return take(hidden, gather)
 
     def _views(
-        self, counts: list[int], slots: Tensor, numbers: Tensor, rows: Rows | None, carried: bool = True
+        self, counts: list[int], numbers: Tensor, rows: Rows | None, alike: list | None = None, carried: bool = True
     ) -> Iterator[tuple[list[int], dict]]:
         """Samples of equal token count and image sizes together, with what every view has.
 
         Parameters:
+            alike: one more thing per sample in which a group agrees.
             carried: hand over carried tensors, which follow the tokens that flow now (not those of an earlier layer).
         """
-        for group in groups([(n, self.items[i].sizes) for i, n in enumerate(counts)]):
+        for group in groups([(n, self.items[i].sizes, alike[i] if alike else None) for i, n in enumerate(counts)]):
             n = counts[group[0]]
             if n == 0:
                 continue
@@ -492,7 +499,7 @@ class Pass:
         at_end.scatter_(1, self.stream.numbers + 1, True)
         lost = torch.zeros(stream.index.shape, dtype=torch.bool, device=slots.device)
         some = False
-        for group, common in self._views(counts, slots, numbers, rows, carried=False):
+        for group, common in self._views(counts, numbers, rows, carried=False):
             survived = at_end[group].gather(1, common["index"] + 1)
             view = DecodeView(**common, layer=layer, depth=self.plan.depth, survived=survived)
             keep = strategy.decode(view)
