@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from models import IMAGE, TOKENS, batch, images, prompt, tiny_llava, vision_blocks
+from models import IMAGE, TOKENS, batch, images, preencoding, prompt, tiny_llava, vision_blocks
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -408,6 +408,7 @@ def test_features_from_before_wrapping_and_a_strategy_of_the_encoder(model):
     assert len(vtprune.report(model).samples[0].kept) == 9
 
 
+@preencoding
 def test_chunked_prefill_and_a_strategy_of_the_encoder(model):
     plain = generate(model)
     vtprune.wrap(model, "flowcut", keep=9)

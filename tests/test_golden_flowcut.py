@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import preencoding
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -291,6 +292,7 @@ def llm_llava(z, attn: str) -> LlavaModel:
     return model
 
 
+@preencoding
 @KERNELS
 @torch.no_grad()
 def test_decoder_cut(attn):

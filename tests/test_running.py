@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import IMAGE, TOKENS, batch, images, prompt, tiny_llava
+from models import IMAGE, TOKENS, batch, images, preencoding, prompt, tiny_llava
 from oracle import Turn, oracle_logits
 from transformers import DynamicCache, TextIteratorStreamer
 
@@ -39,6 +39,7 @@ def test_sampling_depends_on_the_seed_alone(model):
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
+@preencoding
 @pytest.mark.parametrize("strategy", ["flowcut", "fastv", COMPOSED])
 def test_beams_batch_equals_single(model, strategy):
     """Beams copy and reorder cache rows; validity and shifts have to follow them."""
@@ -52,6 +53,7 @@ def test_beams_batch_equals_single(model, strategy):
     assert torch.equal(together[:, -6:], torch.cat([s[:, -6:] for s in singles]))
 
 
+@preencoding
 def test_beams_without_a_cache(model):
     """Each step feeds everything again; what was kept must be what the prompt decided."""
     options = {"num_beams": 3, "do_sample": False}
@@ -154,6 +156,7 @@ def test_embeddings_instead_of_ids(model):
     assert torch.equal(by_ids, by_embeds)
 
 
+@preencoding
 @pytest.mark.parametrize("strategy", ["flowcut", "fastv"])
 def test_features_computed_once_and_asked_twice(model, strategy):
     """Image features handed over by hand, with different questions: nothing of the first question sticks."""

@@ -139,7 +139,10 @@ class Pass:
             check_cache(self.cache, self.plan.depth)
         past = 0 if self.cache is None else self.cache.get_seq_length()
 
-        valid = self.fed_valid = self._read_mask(kwargs.get("attention_mask"), past, length)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim != 2 and not asks and not pruned_before:
+            mask = None  # transformers makes its own 4-D masks for caches that it compiles; nothing will be cut here
+        valid = self.fed_valid = self._read_mask(mask, past, length)
         self.logical = kwargs.get("position_ids")
         if self.logical is None:
             self.logical = torch.arange(past, past + length, device=device)[None]
