@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..worlds import GRID, PATCH, TYPES, Scene, make_scene, render_many
 from .model import CHECKPOINT, encode, load_clip, load_llava, pixels
 from .packing import PATCHES, Packer, keep_all, keep_oracle, keep_random
+from .table import BEGIN, END
 from .train_decoder import score
 
 GRADED = tuple(t for t in TYPES if t != "reading")
@@ -241,9 +242,12 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
     if args.card:
-        new = args.folder / "README.md.part"
-        new.write_text(card(result, args.folder, args.questions))
-        new.replace(args.folder / "README.md")
+        target, new = args.folder / "README.md", args.folder / "README.md.part"
+        old = target.read_text() if target.exists() else ""
+        # the part that `evaluations.tiny.table` writes stays
+        kept = BEGIN + old.split(BEGIN, 1)[1].split(END, 1)[0] + END + "\n" if BEGIN in old else ""
+        new.write_text(card(result, args.folder, args.questions) + ("\n" + kept if kept else ""))
+        new.replace(target)
 
 
 if __name__ == "__main__":

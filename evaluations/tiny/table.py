@@ -12,6 +12,8 @@ import argparse
 import json
 import os
 import platform
+import shlex
+import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -91,6 +93,7 @@ def rows() -> list[Row]:
             Row("flowcut", k, lambda asked, at, k=k: vtprune.FlowCut(keep=k)),
             Row("flowcut, original positions", k, lambda asked, at, k=k: vtprune.FlowCut(keep=k), positions="original"),
             Row("fastv", k, lambda asked, at, k=k: vtprune.FastV(keep=k, layer=1)),
+            Row("fastv, left after layer 2", k, lambda asked, at, k=k: vtprune.FastV(after=k, layer=2)),
         ]
     return made
 
@@ -183,13 +186,13 @@ def _summary(row: Row) -> dict:
 
 def markdown(result: dict) -> str:
     """The table as Markdown: percent of exact matches, `all` over every type but reading."""
-    head = ["strategy", "tokens", "questions", *TYPES, "all"]
+    head = ["strategy", "tokens", "equivalent", "questions", *TYPES, "all"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for row in result["rows"]:
         if row["refused"]:
-            cells = ["", *["-"] * (len(TYPES) + 1)]
+            cells = ["-", "", *["-"] * (len(TYPES) + 1)]
         else:
-            cells = [str(row["questions"])]
+            cells = [f"{row['equivalent_tokens']:.0f}", str(row["questions"])]
             cells += [f"{100 * row['accuracy'][t]:.1f}" if t in row["accuracy"] else "-" for t in TYPES]
             cells.append(f"**{100 * row['all']:.1f}**")
         lines.append(f"| {row['name']} | {row['budget']} | " + " | ".join(cells) + " |")
@@ -228,8 +231,9 @@ def section(result: dict) -> str:
         f"Real `generate` calls through vtprune's public API, greedy, exact match in percent, on {result['pictures']} pictures",
         f'of the `test` split ({fewer[-1]} questions not counting reading; rows with fewer name their number). "Tokens" is the',
         "budget, as the mean over decoder layers. FastV computes its first layer on all 576 tokens (`layer=1` here, the",
-        "earliest), so it cannot reach 64 of 576 as a mean over 8 layers: no figure. FlowCut numbers its survivors anew, as",
-        "published; the row below it leaves them their positions.",
+        'earliest), so it cannot reach 64 of 576 as a mean over 8 layers: no figure. "Left after layer 2" is the paper\'s own',
+        'way to count, at a higher cost ("equivalent"). FlowCut numbers its survivors anew, as published; the row below it',
+        "leaves them their positions.",
         "",
         markdown(result),
         "",
@@ -242,6 +246,17 @@ def section(result: dict) -> str:
         END,
     ]
     return "\n".join(lines)
+
+
+def merged(old: dict, new: dict) -> dict:
+    """`old` with the rows of `new` in place of, or added to, its own; in the table's order."""
+    found = {(r["name"], r["budget"]): r for r in [*old["rows"], *new["rows"]]}
+    order = [(r.name, r.budget) for r in rows()]
+    return {
+        **old,
+        "rows": [found[key] for key in order if key in found],
+        "command": f"{old['command']}`, then `{new['command']}",
+    }
 
 
 def write_card(path: Path, result: dict) -> None:
@@ -271,15 +286,15 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=0, help="so many for rows that no bar is about (0: all)")
     parser.add_argument("--only", nargs="*", help="names of rows")
     parser.add_argument("--json", type=Path, help="write the numbers there")
-    parser.add_argument("--read", type=Path, help="take the numbers from this file instead of measuring")
+    parser.add_argument("--read", type=Path, help="take the numbers from this file; with --only, measure those rows anew")
     parser.add_argument("--card", action="store_true", help="put the table into the checkpoint's model card")
     args = parser.parse_args()
     if args.read:
         result = json.loads(args.read.read_text(encoding="utf-8"))
-    else:
-        result = measure(args.folder, args.questions, set(args.only) if args.only else None, args.few)
-        few = f" --few {args.few}" if args.few else ""
-        result["command"] = f"python -m evaluations.tiny.table --questions {args.questions}{few} --card"
+    if args.only or not args.read:
+        measured = measure(args.folder, args.questions, set(args.only) if args.only else None, args.few)
+        measured["command"] = shlex.join(["python", "-m", "evaluations.tiny.table", *sys.argv[1:]])
+        result = merged(result, measured) if args.read else measured
     print(markdown(result))
     if args.json:
         write(args.json, json.dumps(result, indent=1))
