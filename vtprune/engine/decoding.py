@@ -2,7 +2,8 @@
 
 A `Pass` lives for one call of the language model. It shortens the input (`select`), cuts between layers (`prefill`),
 hands every layer its own mask, positions and cache layer, restores the output to the fed length, evicts from the cache
-(`decode`) and leaves a report. What outlives it sits in the cache (`PrunedLayer`) or beside the image features.
+(`decode`). `accounting.py` makes its report. What outlives it sits in the cache (`PrunedLayer`) or beside the image
+features.
 """
 
 from __future__ import annotations
@@ -16,24 +17,22 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from vtprune.engine.attention import Request, kernel_mask
-from vtprune.engine.cache import PrunedLayer, cache_bytes, check_cache, is_pruned, pruned_layer
+from vtprune.engine.cache import PrunedLayer, check_cache, is_pruned, pruned_layer
 from vtprune.engine.encoding import ImageTokens
 from vtprune.engine.items import Item, checked, slice_rows, stack_carry, unstack_carry
 from vtprune.engine.stream import Stream, compress, groups, join_valid, take
 from vtprune.families.base import Site
 from vtprune.measure.clock import Clock
-from vtprune.measure.flops import layer_costs, linear_flops_per_token, stack_flops
+from vtprune.measure.flops import layer_costs, linear_flops_per_token
 from vtprune.pruner import (
     DecodeView,
     Needs,
-    NothingPrunedError,
     PrefillView,
     Pruner,
     Rows,
     SelectView,
     UnsupportedError,
 )
-from vtprune.reporting import Report, SampleReport
 
 
 @dataclass
@@ -103,9 +102,9 @@ class Pass:
         self.replays: list[Decision | None] | None = None
         self.evicted: dict[int, Tensor] = {}
         # of the images fed in this pass: which belong to each row, what the encoder left of them, what entered
-        self._images: list[list[int]] = []
-        self._records: list[ImageTokens] = []
-        self._image_items: list[Item] = []
+        self.images: list[list[int]] = []
+        self.records: list[ImageTokens] = []
+        self.image_items: list[Item] = []
 
     @property
     def active(self) -> bool:
@@ -187,9 +186,9 @@ class Pass:
         rows = where[starts[:-1].to(where.device), 0].tolist()
         if rows != ends:
             raise UnsupportedError("an image's placeholder tokens are spread over two samples of the batch.")
-        self._images = [[] for _ in range(embeds.shape[0])]
+        self.images = [[] for _ in range(embeds.shape[0])]
         for image, row in enumerate(rows):
-            self._images[row].append(image)
+            self.images[row].append(image)
         self.stream.visual.copy_(torch.where(self.placeholders, self.placeholders.long().cumsum(1) - 1, -1))
 
         if past == 0 and not use_cache:
@@ -200,7 +199,7 @@ class Pass:
         ]
         if self.replays is not None:
             for row, decision in enumerate(self.replays):
-                for image, entered in zip(self._images[row], decision.entered if decision else [], strict=True):
+                for image, entered in zip(self.images[row], decision.entered if decision else [], strict=True):
                     items[image].index = entered
         elif self.plan.pruner.part("select") is not None:
             embeds = embeds.contiguous()  # merged vectors are written into it
@@ -217,9 +216,9 @@ class Pass:
                 "inputs_embeds": take(embeds, gather),
                 "position_ids": self.stream.positions(self.logical, self.plan.compact, None),
             }
-        self._records = records
-        self._image_items = items
-        self.items = [self._join([items[i] for i in images]) for images in self._images]
+        self.records = records
+        self.image_items = items
+        self.items = [self._join([items[i] for i in images]) for images in self.images]
         return kwargs
 
     def _find_replays(self, records: list[ImageTokens]) -> list[Decision | None] | None:
@@ -227,7 +226,7 @@ class Pass:
         if self.input_ids is None:
             return None
         found: list[Decision | None] = []
-        for row, images in enumerate(self._images):
+        for row, images in enumerate(self.images):
             if not images:
                 found.append(None)
                 continue
@@ -259,7 +258,7 @@ class Pass:
 
     def _select(self, items: list[Item], records: list[ImageTokens], where: Tensor, starts: Tensor, embeds: Tensor) -> None:
         strategy = self.plan.pruner.part("select")
-        first = {image: at for images in self._images for at, image in enumerate(images)}
+        first = {image: at for images in self.images for at, image in enumerate(images)}
         text_of: dict[int, Tensor] = {}
         text_mask = ~self.placeholders if self.stream.valid is None else self.stream.valid & ~self.placeholders
 
@@ -268,7 +267,7 @@ class Pass:
                 text_of[row] = embeds[row][text_mask[row]]
             return text_of[row]
 
-        row_of = {image: row for row, images in enumerate(self._images) for image in images}
+        row_of = {image: row for row, images in enumerate(self.images) for image in images}
         flat = embeds.reshape(-1, embeds.shape[-1])
         slots = where[:, 0] * embeds.shape[1] + where[:, 1]
         for group in groups([(len(item.index), item.sizes) for item in items]):
@@ -529,144 +528,18 @@ class Pass:
         if not self.items or self.cache is not None or self.input_ids is None:
             return
         fresh: dict[int, list[tuple[Tensor, Decision]]] = {}  # beams share one record, with an entry each
-        for row, images in enumerate(self._images):
+        for row, images in enumerate(self.images):
             if images:
                 decision = self.replays[row] if self.replays is not None else None
                 if decision is None:
-                    entered = [self._image_items[i].index for i in images]
-                    layers = {layer: self._computed(row, layer) for layer in self.plan.prefill}
+                    entered = [self.image_items[i].index for i in images]
+                    layers = {layer: self.computed(row, layer) for layer in self.plan.prefill}
                     decision = Decision(entered, layers)
-                record = self._records[images[0]]
+                record = self.records[images[0]]
                 record.replays = fresh.setdefault(id(record), [])
                 record.replays.append((self._prompt(row).clone(), decision))
 
-    def _computed(self, row: int, layer: int) -> Tensor:
+    def computed(self, row: int, layer: int) -> Tensor:
+        """Numbers of a sample's visual tokens that `layer` ran on, ascending."""
         counts, _, numbers = self.streams[layer].visual_slots()
         return numbers[row, : counts[row]]
-
-    def report(self) -> Report | None:
-        """What this prefill kept, saved and cost; None for a pass without images.
-
-        Raises:
-            NothingPrunedError: if the budget asked for fewer tokens and none was dropped.
-        """
-        if not self.items:
-            return None
-        rows = self._distinct_rows()
-        grid, depth = self.plan.site.grid, self.plan.depth
-        samples = []
-        for row in rows:
-            item, images = self.items[row], self._images[row]
-            layers = [self._computed(row, layer) for layer in range(depth)]
-            samples.append(
-                SampleReport(
-                    visual_tokens=sum(item.sizes),
-                    kept=layers[0],
-                    layers=layers,
-                    cached=[self._cached(row, layer) for layer in range(depth)] if self.cache is not None else [],
-                    encoded=self._encoded(images),
-                    merged=item.merged,
-                    images=list(item.sizes),
-                    grids=[grid(size) for size in item.sizes],
-                )
-            )
-        self._check_pruned(samples)
-        full_bytes = 0
-        if self.cache is not None:
-            logical = self.cache.get_seq_length()
-            full_bytes = sum(
-                2 * layer.keys.shape[0] * layer.keys.shape[1] * logical * layer.keys.shape[3] * layer.keys.element_size()
-                for layer in self.cache.layers
-                if layer.keys is not None
-            )
-        flops, flops_full = self._flops()
-        return Report(
-            strategy=self.plan.pruner.describe(),
-            positions=self.plan.positions,
-            samples=samples,
-            kv_bytes=cache_bytes(self.cache),
-            kv_bytes_full=full_bytes,
-            flops=flops,
-            flops_full=flops_full,
-            clock=self.clock,
-        )
-
-    def _distinct_rows(self) -> list[int]:
-        """Rows without the copies that beams and returned sequences make: same feature objects, same prompt."""
-        rows, last = [], None
-        for row, images in enumerate(self._images):
-            features = tuple(id(self.features[i]) for i in images)
-            same = (
-                features
-                and features == last
-                and (self.input_ids is None or torch.equal(self.input_ids[row], self.input_ids[row - 1]))
-            )
-            if not same:
-                rows.append(row)
-            last = features
-        return rows
-
-    def _cached(self, row: int, layer: int) -> Tensor:
-        lost = self.evicted.get(layer)
-        if lost is None:
-            return self._computed(row, layer)
-        counts, slots, numbers = self.streams[layer].visual_slots()
-        stays = ~lost[row, slots[row, : counts[row]]]
-        return numbers[row, : counts[row]][stays]
-
-    def _encoded(self, images: list[int]) -> list[tuple[int, Tensor]]:
-        """Survivors after each encoder cut, over all images of a sample."""
-        blocks = sorted({block for i in images for block, _ in self._records[i].item.cuts})
-        result, offsets, total = [], [], 0
-        for i in images:
-            offsets.append(total)
-            total += self._records[i].size
-        for block in blocks:
-            parts = []
-            for i, offset in zip(images, offsets, strict=True):
-                done = [index for at, index in self._records[i].item.cuts if at <= block]
-                size = self._records[i].size
-                parts.append((done[-1] if done else torch.arange(size, device=self.stream.index.device)) + offset)
-            result.append((block, torch.cat(parts)))
-        return result
-
-    def _check_pruned(self, samples: list[SampleReport]) -> None:
-        for sample in samples:
-            if not sample.visual_tokens or not self.plan.pruner.asks_to_prune(tuple(sample.images)):
-                continue
-            if min(len(t) for t in [*sample.layers, *sample.cached]) == sample.visual_tokens:
-                hint = (
-                    "" if self.cache is not None else " Without a cache (use_cache=False) the decode stage has nothing to cut."
-                )
-                raise NothingPrunedError(
-                    f"{self.plan.pruner.describe()} was asked to prune {sample.visual_tokens} visual tokens and dropped none."
-                    + hint
-                )
-
-    def _flops(self) -> tuple[int, int]:
-        past = self.cache.get_seq_length() - self.stream.length if self.cache is not None else 0
-        encoder, projector, decoder = self.plan.costs
-        fed = self._fed_tokens()
-        per_layer = []
-        for stream in self.streams:
-            n = stream.index.shape[1]
-            counts = [n] * len(fed) if stream.valid is None else stream.memo("counts", lambda s=stream: s.valid.sum(1).tolist())
-            per_layer.append([(c, past + c) for c in counts])
-        flops = stack_flops(decoder, per_layer)
-        full = stack_flops(decoder, [[(n, past + n) for n in fed]] * len(decoder))
-        for encoding in {id(r.encoding): r.encoding for r in self._records if r.encoding is not None}.values():
-            flops += stack_flops(encoder, [[(n, n) for n in lengths] for lengths in encoding.lengths])
-            full += stack_flops(encoder, [[(encoding.sequence,) * 2] * len(encoding.items)] * len(encoder))
-        unique = {id(r): r for r in self._records}.values()
-        flops += projector * sum(len(r.item.index) for r in unique)
-        full += projector * sum(r.size for r in unique)
-        return flops, full
-
-    def _fed_tokens(self) -> list[int]:
-        """Real tokens that the user fed, per row."""
-        kept = [
-            self.streams[0].index.shape[1] if self.streams[0].valid is None else int(self.streams[0].valid[row].sum())
-            for row in range(len(self.items))
-        ]
-        lost = [sum(item.sizes) - len(self._computed(row, 0)) for row, item in enumerate(self.items)]
-        return [k + n for k, n in zip(kept, lost, strict=True)]

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from vtprune.engine.accounting import report_of
 from vtprune.engine.attention import attach_tap
 from vtprune.engine.decoding import Pass, Plan
 from vtprune.engine.encoding import Encoding, attach_records, new_clock
@@ -329,7 +330,7 @@ class Session:
         if call is not None and call.mark is not None:
             call.clock.stop(call.mark)
         running.remember()
-        report = running.report()
+        report = report_of(running)
         report.notes = self._notes(report)
         self._report = report
         return changed

@@ -1,0 +1,145 @@
+"""What a pass leaves behind: the report of a prefill, its KV bytes and FLOPs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vtprune.engine.cache import cache_bytes
+from vtprune.engine.decoding import Pass
+from vtprune.measure.flops import stack_flops
+from vtprune.pruner import NothingPrunedError
+from vtprune.reporting import Report, SampleReport
+
+
+def report_of(run: Pass) -> Report | None:
+    """What this prefill kept, saved and cost; None for a pass without images.
+
+    Raises:
+        NothingPrunedError: if the budget asked for fewer tokens and none was dropped.
+    """
+    if not run.items:
+        return None
+    rows = _distinct_rows(run)
+    grid, depth = run.plan.site.grid, run.plan.depth
+    samples = []
+    for row in rows:
+        item, images = run.items[row], run.images[row]
+        layers = [run.computed(row, layer) for layer in range(depth)]
+        samples.append(
+            SampleReport(
+                visual_tokens=sum(item.sizes),
+                kept=layers[0],
+                layers=layers,
+                cached=[_cached(run, row, layer) for layer in range(depth)] if run.cache is not None else [],
+                encoded=_encoded(run, images),
+                merged=item.merged,
+                images=list(item.sizes),
+                grids=[grid(size) for size in item.sizes],
+            )
+        )
+    _check_pruned(run, samples)
+    full_bytes = 0
+    if run.cache is not None:
+        logical = run.cache.get_seq_length()
+        full_bytes = sum(
+            2 * layer.keys.shape[0] * layer.keys.shape[1] * logical * layer.keys.shape[3] * layer.keys.element_size()
+            for layer in run.cache.layers
+            if layer.keys is not None
+        )
+    flops, flops_full = _flops(run)
+    return Report(
+        strategy=run.plan.pruner.describe(),
+        positions=run.plan.positions,
+        samples=samples,
+        kv_bytes=cache_bytes(run.cache),
+        kv_bytes_full=full_bytes,
+        flops=flops,
+        flops_full=flops_full,
+        clock=run.clock,
+    )
+
+
+def _distinct_rows(run: Pass) -> list[int]:
+    """Rows without the copies that beams and returned sequences make: same feature objects, same prompt."""
+    rows, last = [], None
+    for row, images in enumerate(run.images):
+        features = tuple(id(run.features[i]) for i in images)
+        same = (
+            features and features == last and (run.input_ids is None or torch.equal(run.input_ids[row], run.input_ids[row - 1]))
+        )
+        if not same:
+            rows.append(row)
+        last = features
+    return rows
+
+
+def _cached(run: Pass, row: int, layer: int) -> Tensor:
+    lost = run.evicted.get(layer)
+    if lost is None:
+        return run.computed(row, layer)
+    counts, slots, numbers = run.streams[layer].visual_slots()
+    stays = ~lost[row, slots[row, : counts[row]]]
+    return numbers[row, : counts[row]][stays]
+
+
+def _encoded(run: Pass, images: list[int]) -> list[tuple[int, Tensor]]:
+    """Survivors after each encoder cut, over all images of a sample."""
+    blocks = sorted({block for i in images for block, _ in run.records[i].item.cuts})
+    result, offsets, total = [], [], 0
+    for i in images:
+        offsets.append(total)
+        total += run.records[i].size
+    for block in blocks:
+        parts = []
+        for i, offset in zip(images, offsets, strict=True):
+            done = [index for at, index in run.records[i].item.cuts if at <= block]
+            size = run.records[i].size
+            parts.append((done[-1] if done else torch.arange(size, device=run.stream.index.device)) + offset)
+        result.append((block, torch.cat(parts)))
+    return result
+
+
+def _check_pruned(run: Pass, samples: list[SampleReport]) -> None:
+    for sample in samples:
+        if not sample.visual_tokens or not run.plan.pruner.asks_to_prune(tuple(sample.images)):
+            continue
+        if min(len(t) for t in [*sample.layers, *sample.cached]) == sample.visual_tokens:
+            hint = (
+                ""
+                if run.cache is not None or not run.plan.decode
+                else " Without a cache (use_cache=False) the decode stage has nothing to cut."
+            )
+            raise NothingPrunedError(
+                f"{run.plan.pruner.describe()} was asked to prune {sample.visual_tokens} visual tokens and dropped none." + hint
+            )
+
+
+def _flops(run: Pass) -> tuple[int, int]:
+    past = run.cache.get_seq_length() - run.stream.length if run.cache is not None else 0
+    encoder, projector, decoder = run.plan.costs
+    fed = _fed_tokens(run)
+    per_layer = []
+    for stream in run.streams:
+        n = stream.index.shape[1]
+        counts = [n] * len(fed) if stream.valid is None else stream.memo("counts", lambda s=stream: s.valid.sum(1).tolist())
+        per_layer.append([(c, past + c) for c in counts])
+    flops = stack_flops(decoder, per_layer)
+    full = stack_flops(decoder, [[(n, past + n) for n in fed]] * len(decoder))
+    for encoding in {id(r.encoding): r.encoding for r in run.records if r.encoding is not None}.values():
+        flops += stack_flops(encoder, [[(n, n) for n in lengths] for lengths in encoding.lengths])
+        full += stack_flops(encoder, [[(encoding.sequence,) * 2] * len(encoding.items)] * len(encoder))
+    unique = {id(r): r for r in run.records}.values()
+    flops += projector * sum(len(r.item.index) for r in unique)
+    full += projector * sum(r.size for r in unique)
+    return flops, full
+
+
+def _fed_tokens(run: Pass) -> list[int]:
+    """Real tokens that the user fed, per row."""
+    kept = [
+        run.streams[0].index.shape[1] if run.streams[0].valid is None else int(run.streams[0].valid[row].sum())
+        for row in range(len(run.items))
+    ]
+    lost = [sum(item.sizes) - len(run.computed(row, 0)) for row, item in enumerate(run.items)]
+    return [k + n for k, n in zip(kept, lost, strict=True)]
