@@ -1,6 +1,6 @@
 """Stage 3: everything unfrozen, on fresh pictures; the dense labels and the CLS token's losses stay on.
 
-python -m evaluations.tiny.joint --minutes 20 --out /work/train/joint.safetensors
+python -m evaluations.tiny.joint --minutes 20 --out work/joint.safetensors
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, default=20)
-    p.add_argument("--decoder", default="/work/train/decoder.safetensors")
-    p.add_argument("--out", default="/work/train/joint.safetensors")
+    p.add_argument("--decoder", default="work/decoder.safetensors")
+    p.add_argument("--out", default="work/joint.safetensors")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--first-seed", type=int, default=2_000_000)
     p.add_argument("--val", type=int, default=120)

@@ -3,7 +3,7 @@
 Every step keeps a drawn number of visual tokens, at their original positions: sometimes all 576, sometimes a random
 few, sometimes those of the objects and some more. A decoder that has only seen all 576 falls apart when tokens leave.
 
-    python -m evaluations.tiny.train_decoder --minutes 40 --out /work/train/decoder.safetensors
+    python -m evaluations.tiny.train_decoder --minutes 40 --out work/decoder.safetensors
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, default=40)
-    p.add_argument("--encoder", default="/work/train/encoder.safetensors")
-    p.add_argument("--out", default="/work/train/decoder.safetensors")
+    p.add_argument("--encoder", default="work/encoder.safetensors")
+    p.add_argument("--out", default="work/decoder.safetensors")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--first-step",

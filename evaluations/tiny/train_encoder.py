@@ -4,7 +4,7 @@ The dense labels go through LLaVA's projector and are scored against the languag
 patch of a red ring must point at "red" and "ring"), so the decoder starts with features it can already read. The first
 steps see small grids packed with objects, laid anywhere on the raster; the last ones whole pictures.
 
-    python -m evaluations.tiny.train_encoder --minutes 50 --out /work/train/encoder.safetensors
+    python -m evaluations.tiny.train_encoder --minutes 50 --out work/encoder.safetensors
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, default=50)
-    p.add_argument("--out", default="/work/train/encoder.safetensors")
+    p.add_argument("--out", default="work/encoder.safetensors")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--first-seed",
