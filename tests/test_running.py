@@ -344,3 +344,22 @@ def test_several_feature_layers_are_refused_by_encoder_strategies():
     assert session.report.equivalent_tokens == 12
     with pytest.raises(vtprune.UnsupportedError, match="vision_feature_layer"):
         vtprune.wrap(model, "flowcut", keep=12)
+
+
+@preencoding
+def test_features_of_another_strategy(model):
+    """Whole features may be asked about under another strategy; those an encoder-stage strategy shortened may not."""
+    given = batch(PROMPTS[:1])
+    with torch.no_grad():
+        with vtprune.pruning(model, "random", keep=20):
+            whole = model.model.get_image_features(PIXELS[:1], return_dict=True)
+        with vtprune.pruning(model, "flowcut", keep=20):
+            short = model.model.get_image_features(PIXELS[:1], return_dict=True)
+            with pytest.raises(vtprune.UnsupportedError, match="computed elsewhere"):
+                model(**given, mm_encoder_outputs={"image": whole})
+        with vtprune.pruning(model, "uniform", keep=9) as session:
+            again = model(**given, mm_encoder_outputs={"image": whole}).logits
+            assert torch.equal(again, model(**given, pixel_values=PIXELS[:1]).logits)
+            assert session.report.equivalent_tokens == 9
+            with pytest.raises(vtprune.UnsupportedError, match="another strategy"):
+                model(**given, mm_encoder_outputs={"image": short})

@@ -157,10 +157,11 @@ class ImageTokens:
         item: survivors and what is carried with them.
         size: visual tokens before pruning.
         encoding: the run it came from, or None for features that a user computed elsewhere.
+        owner: the session that ran it.
     """
 
-    def __init__(self, item: Item, size: int, encoding: Encoding | None):
-        self.item, self.size, self.encoding = item, size, encoding
+    def __init__(self, item: Item, size: int, encoding: Encoding | None, owner: object = None):
+        self.item, self.size, self.encoding, self.owner = item, size, encoding, owner
         self.replays: list[tuple[Tensor, object]] = []
 
     @classmethod
@@ -173,7 +174,7 @@ class ImageTokens:
         return cls(Item(index, (len(features),)), len(features), None)
 
 
-def attach_records(features: list[Tensor], encoding: Encoding) -> list[Tensor]:
+def attach_records(features: list[Tensor], encoding: Encoding, owner: object) -> list[Tensor]:
     """Projected features at full length (dropped rows zero, to match the placeholders), each with its record."""
     result = []
     for at, feature in enumerate(features):
@@ -190,7 +191,7 @@ def attach_records(features: list[Tensor], encoding: Encoding) -> list[Tensor]:
                 )
             full = _full_length(feature, item.index.to(feature.device), item.sizes[0])
         # the tensor object itself is what reaches the decoder, once per beam, and is what a second question finds again
-        full._vtprune = ImageTokens(item, item.sizes[0], encoding)
+        full._vtprune = ImageTokens(item, item.sizes[0], encoding, owner)
         result.append(full)
     return result
 

@@ -203,7 +203,7 @@ class Session:
         finally:
             self._local.encoding = None
         with clock.span("selection"):
-            output.pooler_output = attach_records(list(output.pooler_output), encoding)
+            output.pooler_output = attach_records(list(output.pooler_output), encoding, self)
         if call is not None:
             call.features = output.pooler_output
             self._hand_on_decisions(given.get("pixel_values"), output.pooler_output)
@@ -279,10 +279,21 @@ class Session:
             UnsupportedError: for features that this session cannot answer for.
         """
         records = [getattr(f, "_vtprune", None) for f in features]
+        unknown = None in records
+        for at, record in enumerate(records):
+            if record is not None and record.owner is not self:
+                # another strategy's: whole features are as good as new, shortened ones hold someone else's choice
+                if len(record.item.index) < record.size:
+                    raise UnsupportedError(
+                        "these image features were computed while another strategy was pruning the vision encoder. Compute "
+                        "them again, with pixel_values or get_image_features of the model as it is wrapped now."
+                    )
+                del features[at]._vtprune
+                records[at] = None
         fresh, self._local.fresh = getattr(self._local, "fresh", ()), ()
         if None not in records:
             return records[0].encoding.clock.fork()
-        if any(ref() is not None for ref in fresh):
+        if unknown and any(ref() is not None for ref in fresh):
             raise UnsupportedError(
                 "image features were cut up or copied on their way to the decoder (chunked prefill does that), so a token's "
                 "number in its image is lost. Leave prefill_chunk_size unset, or unwrap the model."
