@@ -3,15 +3,22 @@
 It runs the unwrapped model over the whole, unpadded sequence of one sample, without a cache. From the layer on that a
 token left before, no other token attends to it (a 4-D mask per layer); positions are those that the pruned run gave.
 What left where is read from the report, so the pruned run is held to its own word and nothing is implemented twice.
+
+Strategies that merge tokens or rearrange them: what the encoder then made of a picture, and the merged vectors where they
+were made inside the decoder, are taken from the pruned run (golden vectors check those); the order is read from the
+report, and everything else is held to the masks as ever.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from models import IMAGE, vision_blocks
 
+from vtprune.pruner import EncodeView
 from vtprune.reporting import SampleReport
 
 
@@ -23,6 +30,8 @@ class Turn:
     generated: list[int]
     sample: SampleReport
     pixels: torch.Tensor | None
+    features: list[torch.Tensor] | None = None  # per image at full length, where the encoder merged
+    merged: dict[int, tuple[set[int], torch.Tensor]] = field(default_factory=dict)  # layer: (tokens, its whole input)
 
 
 def _additive(allowed: torch.Tensor) -> torch.Tensor:
@@ -66,6 +75,41 @@ def _encoder_hooks(model, turns: list[Turn]):
     return [block.register_forward_pre_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
 
 
+def _places(turn: Turn, visual: torch.Tensor) -> list[dict[int, int]]:
+    """Per layer, the place in the sequence of each token it computed on: survivors flow in the report's order."""
+    where = {n: int(at) for n, at in enumerate(visual)}
+    places = []
+    for layer in turn.sample.layers:
+        numbers = layer.tolist()
+        taken = sorted(where[n] for n in numbers)
+        where = dict(zip(numbers, taken, strict=True))
+        places.append(where)
+    return places
+
+
+@contextmanager
+def _features_of(model, turns: list[Turn]):
+    """Have the model use the features that a pruned run made, where turns carry them."""
+    given = [feature for turn in turns for feature in (turn.features or [])]
+    if not given:
+        yield
+        return
+    base = model.model
+    original = base.get_image_features
+
+    def get_image_features(*args, **kwargs):
+        output = original(*args, **kwargs)
+        assert len(output.pooler_output) == len(given)
+        output.pooler_output = given
+        return output
+
+    base.get_image_features = get_image_features
+    try:
+        yield
+    finally:
+        del base.get_image_features
+
+
 def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     """[sequence, vocabulary] logits of the full model under the masks that the pruned run implies."""
     ids = [t for turn in turns for t in turn.prompt + turn.generated]
@@ -73,35 +117,53 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     alive = torch.ones(depth, length, dtype=torch.bool)  # computed on in its own prefill
     late = torch.ones(depth, length, dtype=torch.bool)  # still in the cache afterwards
     after = torch.zeros(length, dtype=torch.long)  # first query that reads the cache a key was left in
+    origin = torch.arange(length).repeat(depth, 1)  # the place that what a layer finds at a place had at first
+    moves: list[list[tuple[int, int]]] = [[] for _ in range(depth)]
+    injected: list[list[tuple[int, torch.Tensor]]] = [[] for _ in range(depth)]
     start = 0
     for turn in turns:
         visual = torch.tensor([i for i, t in enumerate(turn.prompt) if t == IMAGE], dtype=torch.long) + start
         after[start:] = start + len(turn.prompt)
-        for layer in range(depth):
-            if len(visual):
-                alive[layer, visual] = False
-                alive[layer, visual[turn.sample.layers[layer]]] = True
-                late[layer, visual] = False
-                kept = turn.sample.cached[layer] if turn.sample.cached else turn.sample.layers[layer]
-                late[layer, visual[kept]] = True
+        before = {n: int(at) for n, at in enumerate(visual)}
+        for layer, where in enumerate(_places(turn, visual) if len(visual) else []):
+            alive[layer, visual] = False
+            late[layer, visual] = False
+            for n, at in where.items():
+                alive[layer, at], origin[layer, at] = True, visual[n]
+                if before[n] != at:
+                    moves[layer].append((before[n], at))
+            for n in (turn.sample.cached[layer] if turn.sample.cached else turn.sample.layers[layer]).tolist():
+                late[layer, where[n]] = True
+            if layer in turn.merged:
+                tokens, hidden = turn.merged[layer]
+                flowing = [at for at in range(start, start + len(turn.prompt)) if alive[layer, at]]
+                rank = {at: i for i, at in enumerate(flowing)}
+                injected[layer] += [(where[n], hidden[rank[where[n]]]) for n in tokens if n in where]
+            before = where
         start += len(turn.prompt) + len(turn.generated)
 
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     queries = torch.arange(length)[:, None]
     rotary = model.model.language_model.rotary_emb
-    handles = _encoder_hooks(model, turns)
+    handles = _encoder_hooks(model, turns) if not any(turn.features for turn in turns) else []
 
     def hook(layer):
         def before(module, args, kwargs):
+            hidden = args[0].clone()
+            if moves[layer]:
+                sources, targets = map(list, zip(*moves[layer], strict=True))
+                hidden[0, targets] = args[0][0, sources]
+            for at, vector in injected[layer]:
+                hidden[0, at] = vector
             readable = torch.where(queries >= after[None, :], late[layer][None, :], alive[layer][None, :])
             allowed = (causal & readable) | torch.eye(length, dtype=torch.bool)
-            positions = torch.arange(length)
+            positions = origin[layer]
             if compact:
                 gone = (~alive[layer]).long()
-                positions = positions - (gone.cumsum(0) - gone)
-            rope = rotary(args[0], position_ids=positions[None])
+                positions = torch.arange(length) - (gone.cumsum(0) - gone)
+            rope = rotary(hidden, position_ids=positions[None])
             mask = _mask(model, allowed[None, None], "text")
-            return args, {**kwargs, "attention_mask": mask, "position_embeddings": rope}
+            return (hidden, *args[1:]), {**kwargs, "attention_mask": mask, "position_embeddings": rope}
 
         return before
 
@@ -109,9 +171,79 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     handles += [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     pixels = [turn.pixels for turn in turns if turn.pixels is not None]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _features_of(model, turns):
             out = model(input_ids=torch.tensor([ids]), pixel_values=torch.cat(pixels) if pixels else None, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return out.logits[0]
+
+
+class Watch:
+    """Takes down, during a pruned run, what strategies that merge leave to the oracle.
+
+    Parameters:
+        model: wrapped already, so that layer inputs are seen as vtprune hands them on; pruner: the strategy on it.
+    """
+
+    def __init__(self, model, pruner):
+        self.remade = False  # whether the encoder made something of the picture that masks cannot tell
+        self.features: list[torch.Tensor] = []
+        self.hidden: dict[int, torch.Tensor] = {}
+        self.targets: dict[int, set[int]] = {}
+        self._model, self._undo = model, []
+        base = model.model
+        self._wrapped = base.get_image_features
+
+        @functools.wraps(self._wrapped)  # generate() reads its signature
+        def get_image_features(*args, **kwargs):
+            output = self._wrapped(*args, **kwargs)
+            self.features += [feature.detach().clone() for feature in output.pooler_output]
+            return output
+
+        base.get_image_features = get_image_features
+        self._undo.append(lambda: setattr(base, "get_image_features", self._wrapped))
+        for at, layer in enumerate(model.model.language_model.layers):
+            self._undo.append(layer.register_forward_pre_hook(self._take(at)).remove)
+        for stage in ("shrink", "encode", "select", "prefill"):
+            strategy = pruner.part(stage)
+            if strategy is not None:
+                setattr(strategy, stage, self._ask(getattr(strategy, stage)))
+                self._undo.append(functools.partial(delattr, strategy, stage))
+
+    def close(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+
+    def _take(self, layer: int):
+        def before(module, args):
+            self.hidden.setdefault(layer, args[0].detach().clone())
+
+        return before
+
+    def _ask(self, stage):
+        def asked(view):
+            keep = stage(view)
+            if isinstance(keep, tuple) or (isinstance(view, EncodeView) and keep is not None and keep.hidden is not None):
+                self.remade = True
+            elif keep is not None and keep.hidden is not None:
+                layer = getattr(view, "layer", 0)
+                for row, into in enumerate(keep.into):
+                    # what enters the decoder is numbered per image here: take all of it
+                    hit = into[into >= 0].unique() if layer else slice(None)
+                    numbers = view.index[row, hit] if layer else range(10**4)
+                    self.targets.setdefault(layer, set()).update(map(int, numbers))
+            return keep
+
+        return asked
+
+    def turn(self, prompt: list[int], generated: list[int], sample: SampleReport, pixels, row: int, first: int) -> Turn:
+        """The turn of sample `row`, whose first image is the run's image `first`."""
+        turn = Turn(prompt, generated, sample, pixels)
+        if self.remade:
+            turn.features = self.features[first : first + len(sample.images)]
+        for layer, tokens in self.targets.items():
+            if sample.images:
+                flowing = len(prompt) - sample.visual_tokens + len(sample.layers[layer])
+                turn.merged[layer] = tokens, self.hidden[layer][row, -flowing:]
+        return turn

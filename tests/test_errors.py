@@ -97,7 +97,7 @@ def test_unknown_strategy_offers_the_nearest(model):
 
 
 def test_unknown_strategy_far_from_all_lists_them(model):
-    with pytest.raises(vtprune.UnknownStrategyError, match=r"'zzzz'\. Available: evict, fastv"):
+    with pytest.raises(vtprune.UnknownStrategyError, match=r"'zzzz'\. Available: cdpruner, divprune"):
         vtprune.wrap(model, "zzzz")
     with pytest.raises(vtprune.UnknownStrategyError, match="unknown strategy ''"):
         vtprune.wrap(model, "flowcut+")
@@ -629,7 +629,7 @@ class Broken(vtprune.Pruner):
     def settings(self):
         return {"name": self.name, "keep": self.keep}
 
-    def encode_needs(self, depth):
+    def encode_needs(self, encoder):
         return {1: Needs()}
 
     def prefill_needs(self, depth):

@@ -41,9 +41,25 @@ def test_create_takes_defaults_and_fields():
 def test_composition_by_name():
     made = create(" flowcut + fastv+evict", keep=8)
     assert isinstance(made, Pipeline)
-    assert made.parts == [vtprune.FlowCut(keep=8), vtprune.FastV(keep=8), vtprune.Evict(keep=8)]
+    assert made.parts == [vtprune.FlowCut(keep=16), vtprune.FastV(keep=8), vtprune.Evict(keep=4)]
     assert made.settings() == {"name": "pipeline", "parts": [p.settings() for p in made.parts]}
     assert made.describe().count(" + ") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "budgets"),
+    [
+        ("fastv+flowcut", 64, [64, 128]),
+        ("flowcut+divprune+fastv+evict", 50, [200, 100, 50, 25]),
+        ("resolution+flowcut", 0.6, [1.0, 0.6]),
+        ("uniform+evict", 0.3, [0.3, 0.15]),
+        ("random+evict", 1, [1, 1]),
+        ("todre+evict", 64, [64, 32]),
+    ],
+)
+def test_one_budget_is_divided_among_the_parts(name, keep, budgets):
+    """The last part that shortens prefill gets the budget, those before it twice as much each, the cache half."""
+    assert [part.keep for part in create(name, keep=keep).parts] == budgets
 
 
 @pytest.mark.parametrize("key", ["fastv__keep", "fastv.keep"])
@@ -84,7 +100,7 @@ def test_a_field_of_no_strategy_lists_what_there_is():
 
 @pytest.mark.parametrize("name", ["flowcat", "Flowcut", "flow", "FASTV", "evict+unifrom"])
 def test_unknown_names(name):
-    with pytest.raises(UnknownStrategyError, match=r"unknown strategy .*Available: evict, fastv, flowcut, random, uniform"):
+    with pytest.raises(UnknownStrategyError, match=r"unknown strategy .*Available: cdpruner, divprune, evict, fastv, .*, visionzip"):
         create(name)
 
 

@@ -231,7 +231,7 @@ def test_merging_strategies_are_reported():
             into[:, 1::2] = even
             return vtprune.Keep(even, hidden=vectors.reshape(items, count, 2, -1).mean(2), into=into)
 
-        def encode_needs(self, depth):
+        def encode_needs(self, encoder):
             return {1: vtprune.Needs()}
 
         def encode(self, view):
@@ -310,7 +310,7 @@ def test_an_encoder_without_a_class_token(attn):
         keep: int = 15
         name = "mean"
 
-        def encode_needs(self, depth):
+        def encode_needs(self, encoder):
             return {1: vtprune.Needs("mean")}
 
         def encode(self, view):

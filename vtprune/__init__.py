@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vtprune.pruner import (
         BudgetError,
         DecodeView,
+        Encoder,
         EncodeView,
         Keep,
         Needs,
@@ -18,15 +19,27 @@ if TYPE_CHECKING:
         PrefillView,
         Pruner,
         SelectView,
+        ShrinkView,
         UnsupportedError,
         VtpruneError,
     )
     from vtprune.registry import UnknownStrategyError, available, create
+    from vtprune.relevance import ClipRelevance
+    from vtprune.strategies.cdpruner import CDPruner
+    from vtprune.strategies.divprune import DivPrune
     from vtprune.strategies.evict import Evict
     from vtprune.strategies.fastv import FastV
     from vtprune.strategies.flowcut import FlowCut
+    from vtprune.strategies.gsearch import GSearch
+    from vtprune.strategies.mustdrop import MustDrop
+    from vtprune.strategies.psigmoid import PSigmoid
+    from vtprune.strategies.pyramiddrop import PyramidDrop
     from vtprune.strategies.random import Random
+    from vtprune.strategies.resolution import Resolution
+    from vtprune.strategies.sparsevlm import SparseVLM
+    from vtprune.strategies.todre import ToDRE
     from vtprune.strategies.uniform import Uniform
+    from vtprune.strategies.visionzip import VisionZip
 
 __version__ = "0.1.0"
 
@@ -37,6 +50,7 @@ _HOME = {
         "BudgetError",
         "DecodeView",
         "EncodeView",
+        "Encoder",
         "Keep",
         "Needs",
         "NothingPrunedError",
@@ -44,36 +58,61 @@ _HOME = {
         "PrefillView",
         "Pruner",
         "SelectView",
+        "ShrinkView",
         "UnsupportedError",
         "VtpruneError",
     ),
+    "vtprune.relevance": ("ClipRelevance",),
     "vtprune.registry": ("UnknownStrategyError", "available", "create"),
+    "vtprune.strategies.cdpruner": ("CDPruner",),
+    "vtprune.strategies.divprune": ("DivPrune",),
     "vtprune.strategies.evict": ("Evict",),
     "vtprune.strategies.fastv": ("FastV",),
     "vtprune.strategies.flowcut": ("FlowCut",),
+    "vtprune.strategies.gsearch": ("GSearch",),
+    "vtprune.strategies.mustdrop": ("MustDrop",),
+    "vtprune.strategies.psigmoid": ("PSigmoid",),
+    "vtprune.strategies.pyramiddrop": ("PyramidDrop",),
     "vtprune.strategies.random": ("Random",),
+    "vtprune.strategies.resolution": ("Resolution",),
+    "vtprune.strategies.sparsevlm": ("SparseVLM",),
+    "vtprune.strategies.todre": ("ToDRE",),
     "vtprune.strategies.uniform": ("Uniform",),
+    "vtprune.strategies.visionzip": ("VisionZip",),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "BudgetError",
+    "CDPruner",
+    "ClipRelevance",
     "DecodeView",
+    "DivPrune",
     "EncodeView",
+    "Encoder",
     "Evict",
     "FastV",
     "FlowCut",
+    "GSearch",
     "Keep",
+    "MustDrop",
     "Needs",
     "NothingPrunedError",
+    "PSigmoid",
     "Pipeline",
     "PrefillView",
     "Pruner",
+    "PyramidDrop",
     "Random",
+    "Resolution",
     "SelectView",
+    "ShrinkView",
+    "SparseVLM",
+    "ToDRE",
     "Uniform",
     "UnknownStrategyError",
     "UnsupportedError",
+    "VisionZip",
     "VtpruneError",
     "available",
     "create",

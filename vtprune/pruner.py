@@ -2,20 +2,21 @@
 
 Knows no model and no paper. A strategy subclasses `Pruner` and implements at most one method per stage:
 
+    shrink   before the vision encoder              the grid that the pictures are scaled to
     encode   after a vision-encoder block           which patches go on
     select   between projector and decoder          which visual tokens enter the decoder
     prefill  before a decoder layer, in prefill     which visual tokens go on from this layer
     decode   once after prefill, per decoder layer  which cached visual tokens stay
 
-Views are batched over items (images in `encode` and `select`, samples in `prefill` and `decode`) of equal token count;
-the engine groups unequal ones. Only visual tokens are ever offered, so text cannot be pruned by construction.
+Views are batched over items (images in the first three, samples in `prefill` and `decode`) of equal token count; the
+engine groups unequal ones. Only visual tokens are ever offered, so text cannot be pruned by construction.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 Budget = int | float
 
-STAGES = ("encode", "select", "prefill", "decode")
+STAGES = ("shrink", "encode", "select", "prefill", "decode")
 
 
 class VtpruneError(Exception):
@@ -100,12 +101,52 @@ class Needs:
         keys: also hand over the visual tokens' keys.
         values: also hand over the visual tokens' values and those of the query tokens.
         hidden: `prefill` only, also hand over the visual tokens' hidden states (a gather; patches come for free).
+        inputs: `prefill` only, also hand over the embeddings with which the visual and the query tokens entered the
+            decoder.
+        ahead: `prefill` only, take the rows from the layer that is about to run (its norm, queries and keys are
+            computed on its input first) in place of the layer before. Values are not to be had this way.
     """
 
     queries: str | None = None
     keys: bool = False
     values: bool = False
     hidden: bool = False
+    inputs: bool = False
+    ahead: bool = False
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What an `encode` strategy may know of the vision encoder before anything runs.
+
+    Parameters:
+        depth: number of blocks that feed the projector; the feature block is depth - 1.
+        blocks: number of blocks that run; those from `depth` on may be watched, but nothing can be dropped after them.
+        cls: whether there is a class token.
+    """
+
+    depth: int
+    blocks: int
+    cls: bool
+
+    @property
+    def last(self) -> int:
+        """The encoder's last block, one after the feature block in LLaVA."""
+        return self.blocks - 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a strategy that was fitted to one model may compare.
+
+    Parameters:
+        name: as loaded; depth: decoder layers; fingerprint: of architecture and weights, the same for every dtype,
+            kernel and folder.
+    """
+
+    name: str
+    depth: int
+    fingerprint: str
 
 
 @dataclass
@@ -140,16 +181,35 @@ class Keep:
 
     Parameters:
         indices: which of the view's N tokens stay: LongTensor [B, K], or one LongTensor per item where counts differ.
-            Any order; the engine sorts. Out of range or repeated raises. `prefill` and `decode` may keep none at all.
-        hidden: replacement for the kept tokens' vectors, same layout as `indices` (in ascending index order) with the
-            width appended; None leaves them as they are. For merging.
+            Any order; the engine sorts unless `ordered`. Out of range or repeated raises. `prefill` and `decode` may
+            keep none at all.
+        hidden: replacement for the kept tokens' vectors, same layout as `indices` (in ascending index order unless
+            `ordered`) with the width appended; None leaves them as they are. For merging.
         into: for the report, LongTensor [B, N] (or one [N] per item): index (into the view) of the kept token that a
             dropped token was merged into, -1 if it was just dropped.
+        ordered: the tokens go on in the order of `indices`, for papers that rearrange them; not in `decode`.
+        foreign: for the report, LongTensor [B, F] (or one per item): kept indices whose replaced vector no longer
+            stands for that token, such as a class token that took its place.
     """
 
     indices: Tensor | list[Tensor]
     hidden: Tensor | list[Tensor] | None = None
     into: Tensor | list[Tensor] | None = None
+    ordered: bool = False
+    foreign: Tensor | list[Tensor] | None = None
+
+
+@dataclass
+class Inputs:
+    """Embeddings with which tokens entered the decoder, in the model's dtype.
+
+    Parameters:
+        visual: [B, M, D] of all M visual tokens that did, those that left since included.
+        text: [B, R, D] of the query tokens, aligned with the rows; rows that only pad the batch are not zero.
+    """
+
+    visual: Tensor
+    text: Tensor
 
 
 @dataclass
@@ -161,11 +221,18 @@ class View:
         sizes: visual tokens before any pruning of each image of an item; one entry for per-image stages.
         carry: per-token tensors [B, N, ...] that follow their tokens through later cuts of this call; a stage may add
             to it. This is where a score that accumulates over layers lives.
+        notes: lines for the report; a stage may add what the user should know (see `note`).
     """
 
     index: Tensor
     sizes: tuple[int, ...]
     carry: dict[str, Tensor]
+    notes: list[str] = field(default_factory=list, kw_only=True)
+
+    def note(self, text: str) -> None:
+        """Tell the user, in the report, of something that was done otherwise than asked; said once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     @property
     def tokens(self) -> int:
@@ -183,13 +250,25 @@ class View:
 
 
 @dataclass
+class ShrinkView(View):
+    """Before the vision encoder.
+
+    Parameters:
+        grid: (rows, columns) of patches at the picture's full size, or None if it has none.
+    """
+
+    grid: tuple[int, int] | None = None
+
+
+@dataclass
 class EncodeView(View):
     """After vision-encoder block `layer`.
 
     Parameters:
         layer: 0-based index of the block; depth: number of blocks that feed the projector (the feature block is
-            depth - 1; later blocks are not used by the model).
+            depth - 1; from `depth` on the model uses nothing, so `encode` may look and carry, not drop).
         hidden: [B, N, C] the block's output for the patches, in the model's dtype.
+        special: [B, S, C] the block's output for the tokens before the patches (the class token), S may be 0.
         rows: attention rows of this block as asked for (over the patches present in it), or None.
         grid: (rows, columns) of the unpruned patch grid, or None if it has none.
     """
@@ -197,6 +276,7 @@ class EncodeView(View):
     layer: int = 0
     depth: int = 0
     hidden: Tensor = None  # type: ignore[assignment]
+    special: Tensor = None  # type: ignore[assignment]
     rows: Rows | None = None
     grid: tuple[int, int] | None = None
 
@@ -210,12 +290,14 @@ class SelectView(View):
         grid: (rows, columns) of the unpruned grid, or None.
         ordinal: LongTensor [B] on the CPU, which image of its sample an item is (0 for the first).
         text: B tensors [T, D], the text embeddings of the item's sample.
+        ids: B LongTensors [T], the token ids behind them, or empty if the user fed embeddings.
     """
 
     features: Tensor = None  # type: ignore[assignment]
     grid: tuple[int, int] | None = None
     ordinal: Tensor = None  # type: ignore[assignment]
     text: list[Tensor] = field(default_factory=list)
+    ids: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -224,7 +306,8 @@ class PrefillView(View):
 
     Parameters:
         hidden: [B, N, D] the visual tokens' hidden states entering the layer, if asked for.
-        rows: attention rows of layer `layer - 1`, as asked for, or None.
+        rows: attention rows of layer `layer - 1` (of `layer` itself with `Needs.ahead`), as asked for, or None.
+        inputs: embeddings of the tokens as they entered the decoder, if asked for.
         computed: visual tokens per item that each layer before this one computed on.
     """
 
@@ -232,6 +315,7 @@ class PrefillView(View):
     depth: int = 0
     hidden: Tensor | None = None
     rows: Rows | None = None
+    inputs: Inputs | None = None
     computed: tuple[int, ...] = ()
 
 
@@ -258,14 +342,16 @@ class Pruner:
         paper: title or id, year and venue, one line.
         positions: "original" (survivors keep their position) or "compact" (renumbered), as in the paper.
         requires: capabilities of the model that it cannot do without, of {"cls"}.
+        reads: what it reads besides attention rows, in words, for `vtprune list`.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     positions: ClassVar[str] = "original"
     requires: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[tuple[str, ...]] = ()
 
-    keep: Budget
+    keep: Budget | None
 
     def __post_init__(self) -> None:
         self.keep = check_budget(self.keep)
@@ -279,20 +365,45 @@ class Pruner:
         return self if stage in self.stages() else None
 
     def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
-        """Whether the budget asks for fewer than all tokens of images of these sizes."""
+        """Whether it may drop tokens of images of these sizes: with a budget, whether it asks for fewer than all."""
         return any(budget_tokens(self.keep, n) < n for n in sizes)
 
+    def promises_to_prune(self, sizes: tuple[int, ...]) -> bool:
+        """Whether a run that drops nothing is an error. Strategies driven by thresholds, not by a budget, say no."""
+        return self.asks_to_prune(sizes)
+
+    def check_model(self, model: Model) -> None:
+        """Refuse a model that this instance was not fitted to.
+
+        Raises:
+            UnsupportedError: with the reason.
+        """
+
     # What each stage needs, said up front: {layer: Needs}. A stage runs at exactly these layers.
-    def encode_needs(self, depth: int) -> Mapping[int, Needs]:
-        """Encoder blocks (0-based, below `depth`) after which `encode` runs, and what it needs there."""
+    def encode_needs(self, encoder: Encoder) -> Mapping[int, Needs]:
+        """Encoder blocks (0-based) after which `encode` runs, and what it needs there; none leaves the encoder alone."""
         raise NotImplementedError
 
     def prefill_needs(self, depth: int) -> Mapping[int, Needs]:
         """Decoder layers (1 .. depth - 1) before which `prefill` runs; rows come from the layer before."""
         raise NotImplementedError
 
+    def prefill_at(self, depth: int, sizes: tuple[int, ...], entered: int) -> Collection[int] | None:
+        """Of the layers in `prefill_needs`, those at which it may cut a sample; rows are computed for no others.
+
+        Parameters:
+            sizes: tokens of the sample's images before any pruning; entered: of them, how many reached the decoder.
+        Returns:
+            None for all of them.
+        """
+        return None
+
     def decode_needs(self, depth: int) -> Mapping[int, Needs]:
         """Decoder layers (0 .. depth - 1) whose cache `decode` may cut."""
+        raise NotImplementedError
+
+    def shrink(self, view: ShrinkView) -> tuple[int, int] | None:
+        """Choose the grid (rows, columns) of patches that the pictures are scaled down to; None leaves them."""
         raise NotImplementedError
 
     def encode(self, view: EncodeView) -> Keep | None:
@@ -351,6 +462,12 @@ class Only(Pruner):
     def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
         return self.pruner.asks_to_prune(sizes)
 
+    def promises_to_prune(self, sizes: tuple[int, ...]) -> bool:
+        return self.pruner.promises_to_prune(sizes)
+
+    def check_model(self, model: Model) -> None:
+        self.pruner.check_model(model)
+
     def settings(self) -> dict[str, Any]:
         return {**self.pruner.settings(), "only": list(self.stages())}
 
@@ -364,7 +481,8 @@ class Only(Pruner):
 class Pipeline(Pruner):
     """Several strategies, each serving its own stages: `FlowCut(keep=128) + FastV(keep=64)`.
 
-    Each part spends its own `keep`. Positions are compact if any part's are.
+    Each part spends its own `keep` (`vtprune.create("a+b", keep=...)` divides one among them). Positions are compact if
+    any part's are.
 
     Raises:
         ValueError: if two parts claim the same stage.
@@ -395,6 +513,13 @@ class Pipeline(Pruner):
 
     def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
         return any(p.asks_to_prune(sizes) for p in self.parts)
+
+    def promises_to_prune(self, sizes: tuple[int, ...]) -> bool:
+        return any(p.promises_to_prune(sizes) for p in self.parts)
+
+    def check_model(self, model: Model) -> None:
+        for part in self.parts:
+            part.check_model(model)
 
     def settings(self) -> dict[str, Any]:
         return {"name": self.name, "parts": [p.settings() for p in self.parts]}

@@ -5,18 +5,29 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from vtprune.pruner import Pipeline, Pruner
+from vtprune.pruner import STAGES, Budget, Pipeline, Pruner, check_budget
 
 GROUP = "vtprune.strategies"
 
 # name -> module:class; imported when asked for
 SHIPPED = {
     "flowcut": "vtprune.strategies.flowcut:FlowCut",
+    "todre": "vtprune.strategies.todre:ToDRE",
+    "mustdrop": "vtprune.strategies.mustdrop:MustDrop",
+    "gsearch": "vtprune.strategies.gsearch:GSearch",
+    "psigmoid": "vtprune.strategies.psigmoid:PSigmoid",
+    "visionzip": "vtprune.strategies.visionzip:VisionZip",
+    "divprune": "vtprune.strategies.divprune:DivPrune",
+    "cdpruner": "vtprune.strategies.cdpruner:CDPruner",
     "fastv": "vtprune.strategies.fastv:FastV",
+    "pyramiddrop": "vtprune.strategies.pyramiddrop:PyramidDrop",
+    "sparsevlm": "vtprune.strategies.sparsevlm:SparseVLM",
     "evict": "vtprune.strategies.evict:Evict",
+    "resolution": "vtprune.strategies.resolution:Resolution",
     "random": "vtprune.strategies.random:Random",
     "uniform": "vtprune.strategies.uniform:Uniform",
 }
@@ -67,7 +78,8 @@ def create(name: str, **fields: Any) -> Pruner:
     Parameters:
         name: a name of `available()`, or several joined by "+".
         fields: hyper-parameters. In a composition a field goes to every part that has it; `part__field` (or
-            "part.field") addresses one.
+            "part.field") addresses one. A `keep` for the whole composition is one budget that `split` divides; one that
+            addresses a part leaves the division to the caller.
     Raises:
         UnknownStrategyError: unknown name. TypeError: unknown field; both offer the nearest.
     """
@@ -91,7 +103,34 @@ def create(name: str, **fields: Any) -> Pruner:
             if owner or field not in arguments[i]:
                 arguments[i][field] = value
     parts = [cls(**args) for cls, args in zip(classes, arguments, strict=True)]
-    return parts[0] if len(parts) == 1 else Pipeline(parts)
+    if len(parts) == 1:
+        return parts[0]
+    if fields.get("keep") is not None and not any(key.endswith(("__keep", ".keep")) for key in fields):
+        parts = split(parts, check_budget(fields["keep"]))
+    return Pipeline(parts)
+
+
+def split(parts: Sequence[Pruner], keep: Budget) -> list[Pruner]:
+    """The parts of a composition with one budget divided among them (ours; no paper composes).
+
+    What a composition costs is what its decoder computes on, so the last part that shortens the sequence gets `keep`
+    itself: a prefill strategy as the mean over layers, otherwise what enters. Each part before it leaves twice as many
+    as the next, so that both have something to choose from. A cache policy halves what is left.
+
+    Parameters:
+        parts: in any order; each serves stages of its own. keep: visual tokens per image, or a share.
+    Returns:
+        Copies in the same order.
+    """
+
+    def times(factor: float) -> Budget:
+        return max(1, round(keep * factor)) if isinstance(keep, int) else min(1.0, keep * factor)
+
+    shortening = [s for s in STAGES if s != "decode"]
+    first = {id(p): min(STAGES.index(s) for s in p.stages()) for p in parts}
+    before = sorted((p for p in parts if set(p.stages()) & set(shortening)), key=lambda p: first[id(p)])
+    budget = {id(p): times(2.0 ** (len(before) - 1 - at)) for at, p in enumerate(before)}
+    return [dataclasses.replace(p, keep=budget.get(id(p), times(0.5))) for p in parts]
 
 
 def _load(target: str) -> type[Pruner]:

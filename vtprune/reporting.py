@@ -21,11 +21,14 @@ class SampleReport:
     Parameters:
         visual_tokens: visual tokens of the sample before pruning, over all its images.
         kept: LongTensor, ascending: which of them entered the decoder.
-        layers: one LongTensor per decoder layer, ascending: which of them that layer computed on.
+        layers: one LongTensor per decoder layer: which of them that layer computed on, in that order (ascending unless
+            the strategy rearranges tokens).
         cached: visual tokens that each decoder layer's cache held after prefill (equal to `layers` in length unless a
             decode-stage strategy evicted some; empty without a cache).
-        encoded: one LongTensor per vision-encoder cut, ascending: (block, patches that went on).
+        encoded: one LongTensor per vision-encoder cut: (block, patches that went on), in order as in `layers`; block -1 is
+            a picture that was scaled down before the encoder.
         merged: {kept index: indices averaged into it}, empty where nothing merged.
+        foreign: kept indices whose vector stands for something else, such as the class token in a dropped patch's place.
         images: tokens of each image before pruning, in order; an image's tokens are numbered after its predecessors'.
         grids: (rows, columns) of each image's tokens, or None where they form no grid.
     """
@@ -38,11 +41,53 @@ class SampleReport:
     merged: dict[int, list[int]] = field(default_factory=dict)
     images: list[int] = field(default_factory=list)
     grids: list[tuple[int, int] | None] = field(default_factory=list)
+    foreign: list[int] = field(default_factory=list)
 
     @property
     def equivalent_tokens(self) -> float:
         """Mean over decoder layers of visual tokens computed on."""
         return sum(len(layer) for layer in self.layers) / len(self.layers)
+
+    def trail(self) -> list[Step]:
+        """Where each token went: one step per place where some left, in running order, every token in exactly one of
+        them or in the last step, which holds those that stayed. A merged token left where it was merged.
+
+        Of a cache whose layers hold different sets, a token left where no layer holds it any more.
+        """
+        places = [
+            (f"after vision block {block}" if block >= 0 else "as the picture was scaled down", set(index.tolist()))
+            for block, index in self.encoded
+        ]
+        places.append(("before the decoder", set(self.kept.tolist())))
+        places += [(f"before decoder layer {at}", set(index.tolist())) for at, index in enumerate(self.layers)]
+        if self.cached:
+            places.append(("from the cache", {n for index in self.cached for n in index.tolist()} & places[-1][1]))
+        into = {gone: kept for kept, all_gone in self.merged.items() for gone in all_gone}
+        steps, present = [], set(range(self.visual_tokens))
+        for where, left in places:
+            gone = sorted(present - left)
+            if gone:
+                steps.append(Step(where, gone, sum(n in into for n in gone)))
+                present &= left
+        return [*steps, Step("stayed", sorted(present), 0)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tokens that left at one place, or those that stayed.
+
+    Parameters:
+        where: in words; tokens: their numbers, ascending; merged: how many of them live on in another one.
+    """
+
+    where: str
+    tokens: list[int]
+    merged: int
+
+
+def describe_trail(steps: list[Step]) -> str:
+    """`460 after vision block 3 (12 merged), 52 before decoder layer 2, 64 stayed`."""
+    return ", ".join(f"{len(step.tokens)} {step.where}" + (f" ({step.merged} merged)" if step.merged else "") for step in steps)
 
 
 @dataclass
@@ -119,6 +164,8 @@ class Report:
                     "cached": [layer.tolist() for layer in s.cached],
                     "encoded": [[block, index.tolist()] for block, index in s.encoded],
                     "merged": {str(k): v for k, v in s.merged.items()},
+                    "foreign": list(s.foreign),
+                    "trail": [{"where": step.where, "tokens": len(step.tokens), "merged": step.merged} for step in s.trail()],
                     "images": list(s.images),
                     "grids": [list(g) if g else None for g in s.grids],
                 }
@@ -138,5 +185,6 @@ class Report:
             f"  KV cache after prefill: {self.kv_bytes / 2**20:.2f} MiB{ratio(self.kv_bytes, self.kv_bytes_full)}",
             f"  FLOPs to the first token: {self.flops / 1e9:.2f} G{ratio(self.flops, self.flops_full)}",
             f"  prefill: {self.prefill_ms:.1f} ms, of which vtprune {self.selection_ms:.1f} ms",
+            f"  where they went: {describe_trail(self.samples[0].trail())}",
         ]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,114 @@ def top_ragged(scores: Tensor, counts: list[int]) -> list[Tensor]:
 def spread(tokens: int, k: int, device: torch.device | None = None) -> Tensor:
     """LongTensor [k]: evenly spaced indices floor((i + 0.5) * tokens / k), strictly ascending."""
     return ((2 * torch.arange(k, device=device) + 1) * tokens).div(2 * k, rounding_mode="floor")
+
+
+# Greedy selections. Each pick follows from all before it, so one near-tie that falls the other way changes the rest of the set.
+# Kernels sum in an order of their own (it differs with the batch, the thread count, even the row), hence fp64, compared
+# on a grid far coarser than its error and far finer than any difference that matters: what is equal on paper ties.
+# No N x N matrix: a pick reads the N rows once, which on a CPU costs less than the matrix up to k of about N / 8.
+
+
+def max_sum(x: Tensor, first: Tensor, k: int) -> Tensor:
+    """Greedy max-sum diversity: from `first`, always add the row whose summed cosine to those taken is least.
+
+    Parameters:
+        x: [B, N, D], any float dtype, no padding. An all-zero row has cosine 0 to every row; NaN and infinite entries
+            count as zero.
+        first: LongTensor [B], the row to start from.
+        k: 1 <= k <= N.
+    Returns:
+        LongTensor [B, k], ascending. Ties go to the lower index.
+    """
+    return _spread_out(x, first, k, torch.add)
+
+
+def k_center(x: Tensor, first: Tensor, k: int) -> Tensor:
+    """Greedy k-center (farthest-first, max-min): as `max_sum`, but the row whose largest cosine to one taken is least."""
+    return _spread_out(x, first, k, torch.maximum)
+
+
+def loneliest(x: Tensor, chunk: int = 1024) -> Tensor:
+    """LongTensor [B]: the row of `x` [B, N, D] whose largest cosine to another row is least; ties as in `max_sum`.
+
+    Looks at `chunk` rows at a time, so that memory stays linear in N.
+    """
+    # every pair at once is arithmetic, not memory traffic, and there fp64 is slow on most accelerators
+    rows = _unit(x) if x.device.type == "cpu" else _unit(x).float()
+    number = torch.arange(rows.shape[1], device=x.device)
+    nearest = []
+    for part, own in zip(rows.split(chunk, 1), number.split(chunk), strict=True):
+        near = torch.bmm(part, rows.transpose(1, 2)).masked_fill_(own[:, None] == number, -2.0)
+        nearest.append(near.amax(-1))
+    return _grid(torch.cat(nearest, 1)).argmin(-1)
+
+
+def dpp(x: Tensor, weight: Tensor, k: int) -> Tensor:
+    """Greedy MAP of the determinantal point process with kernel diag(weight) S diag(weight), S the cosines of `x`.
+
+    Incremental Cholesky on S: O(N k^2 + N k D) time, O(N k) memory. Where the rows taken span the rest (more picks than
+    the rank of S, duplicates), every determinant is zero and the remaining picks go by weight.
+
+    Parameters:
+        x: [B, N, D] as for `max_sum`; an all-zero row is orthogonal to all others.
+        weight: [B, N], finite, not negative.
+        k: 1 <= k <= N.
+    Returns:
+        LongTensor [B, k], ascending. Ties go to the lower index.
+    """
+    rows = _unit(x)
+    items = torch.arange(len(rows), device=x.device)
+    weight = weight.to(rows.dtype)
+    left = torch.ones_like(weight)  # the part of each row outside the span of those taken
+    factors = rows.new_zeros(rows.shape[0], k, rows.shape[1])
+    taken = torch.zeros_like(left, dtype=torch.bool)
+    picks = []
+    for step in range(k):
+        shown = _grid(left)
+        gain = torch.where(shown > 0, weight.square() * shown, -1 / (1 + weight))
+        pick = gain.float().masked_fill(taken, -torch.inf).argmax(-1)
+        picks.append(pick)
+        taken[items, pick] = True
+        past = factors[:, :step]
+        row = _against(rows[items, pick], rows) - _against(past[items, :, pick], past.transpose(1, 2))
+        rest = left[items, pick][:, None]
+        # a row inside the span of those taken takes nothing from the others
+        factors[:, step] = torch.where(_grid(rest) > 0, row / rest.clamp(min=1e-9).sqrt(), 0)
+        left = left - factors[:, step].square()
+    return torch.stack(picks, -1).sort(-1).values
+
+
+def _spread_out(x: Tensor, first: Tensor, k: int, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    rows = _unit(x)
+    items = torch.arange(len(rows), device=x.device)
+    pick, picks = first, [first]
+    score = None
+    taken = torch.zeros(rows.shape[:2], dtype=torch.bool, device=x.device)
+    for _ in range(k - 1):
+        taken[items, pick] = True
+        near = _against(rows[items, pick], rows)
+        score = near if score is None else join(score, near)
+        # argmin returns the first of equal values on every device
+        pick = _grid(score).masked_fill(taken, torch.inf).argmin(-1)
+        picks.append(pick)
+    return torch.stack(picks, -1).sort(-1).values
+
+
+def exact(x: Tensor) -> Tensor:
+    """`x` in fp64, or in fp32 where the device has no more."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length 1, or 0 where a row is zero."""
+    x = torch.nan_to_num(exact(x), nan=0.0, posinf=0.0, neginf=0.0)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-30)
+
+
+def _against(vector: Tensor, rows: Tensor) -> Tensor:
+    """[B, N] products of `vector` [B, D] with every row of [B, N, D]."""
+    return torch.bmm(vector[:, None], rows.transpose(1, 2))[:, 0]
+
+
+def _grid(x: Tensor) -> Tensor:
+    return torch.round(x, decimals=8)

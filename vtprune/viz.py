@@ -65,18 +65,21 @@ class Entry:
 def stages(sample: SampleReport) -> list[Stage]:
     """What to show of a sample, in running order: encoder cuts, decoder entry, decoder cuts, cache."""
     kept = _numbers(sample.kept)
-    encoded = [(block, _numbers(index)) for block, index in sample.encoded]
+    encoded = [(block, np.sort(_numbers(index))) for block, index in sample.encoded]
     # the last encoder cut is usually what enters the decoder, and needs no panel of its own
     encoded = [(block, index) for block, index in encoded if len(index) not in (len(kept), sample.visual_tokens)]
-    shown = [Stage(f"after encoder block {block}", index, {}) for block, index in encoded[-ENCODER_PANELS:]]
+    shown = [
+        Stage(f"after encoder block {block}" if block >= 0 else "scaled down", index, {})
+        for block, index in encoded[-ENCODER_PANELS:]
+    ]
     shown.append(Stage("entering the decoder", kept, sample.merged))
     previous = kept
-    for layer, index in enumerate(map(_numbers, sample.layers)):
+    for layer, index in enumerate(np.sort(_numbers(layer)) for layer in sample.layers):
         if not np.array_equal(index, previous):
             shown.append(Stage(f"from decoder layer {layer}", index, {}))
             previous = index
     if sample.cached and any(len(c) != len(x) for c, x in zip(sample.cached, sample.layers, strict=True)):
-        held = [_numbers(index) for index in sample.cached]
+        held = [np.sort(_numbers(index)) for index in sample.cached]
         # layers may hold different sets: the picture shows the last layer's
         same = all(np.array_equal(index, held[-1]) for index in held)
         shown.append(Stage("in the cache" if same else "in the last layer's cache", held[-1], {}))
@@ -105,7 +108,8 @@ def overlay(sample: SampleReport, image: Image.Image | Sequence[Image.Image], fi
         view = _model_view(picture, grid, fit)
         row = []
         for stage in shown:
-            local = stage.kept[(stage.kept >= first) & (stage.kept < first + count)] - first
+            local = stage.kept[(stage.kept >= first) & (stage.kept < first + count)]
+            local = local[~np.isin(local, sample.foreign)] - first
             groups = {k - first: [i - first for i in v] for k, v in stage.merged.items() if first <= k < first + count and v}
             row.append((_panel(view, grid, local, groups), stage.title, f"{len(local)} of {count} tokens"))
         rows.append(row)
@@ -120,7 +124,8 @@ def final_picture(sample: SampleReport, image: Image.Image, fit: str = "crop") -
     """
     stage, grid, count = stages(sample)[-1], _grid(sample, 0), sample.images[0]
     groups = {k: v for k, v in sample.merged.items() if k < count and v}
-    return _panel(_model_view(image, grid, fit), grid, stage.kept[stage.kept < count], groups)
+    kept = stage.kept[(stage.kept < count) & ~np.isin(stage.kept, sample.foreign)]
+    return _panel(_model_view(image, grid, fit), grid, kept, groups)
 
 
 def contact_sheet(entries: Sequence[Entry], heading: str = "", columns: int = 4) -> Image.Image:

@@ -244,6 +244,7 @@ def save_models(
         pad_token_id=PAD,
     )
     fresh.save_pretrained(new)
+    _use_published_names(new / "model.safetensors")
     build_processor().save_pretrained(new)
     tower = new / "text_tower"
     tower.mkdir()
@@ -256,6 +257,17 @@ def save_models(
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _use_published_names(path: Path) -> None:
+    """Name the vision tower's weights as published LLaVA checkpoints do, which every transformers 5 reads.
+
+    Those that transformers 5.23 writes leave out a level, and 5.5 would start with a random tower.
+    """
+    weights = load_file(path)
+    short, long = "vision_tower.", "vision_tower.vision_model."
+    named = {k if k.startswith(long) else k.replace(short, long, 1) if k.startswith(short) else k: v for k, v in weights.items()}
+    save_file(named, path, metadata={"format": "pt"})
 
 
 def _is_vision(key: str) -> bool:

@@ -177,13 +177,12 @@ def list_(as_json: AsJson = False) -> None:
             return
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("name", no_wrap=True)
-        for column in ("stages", "positions", "needs", "paper"):
+        for column in ("stages", "positions", "needs", "paper", "year"):
             table.add_column(column)
         for row in rows:
             name = row["name"] + (f" ({row['package']})" if row["package"] else "")
-            table.add_row(
-                escape(name), ", ".join(row["stages"]), row["positions"], ", ".join(row["needs"]) or "-", escape(row["paper"])
-            )
+            needs, year = ", ".join(row["needs"]) or "-", str(row["year"] or "-")
+            table.add_row(escape(name), ", ".join(row["stages"]), row["positions"], needs, escape(row["paper"].replace(f" {year})", ")")), year)
         out().print(table)
 
 
@@ -293,6 +292,8 @@ def _fit(processor) -> str:
 
 
 def _report_table(report) -> Table:
+    from vtprune.reporting import describe_trail
+
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -303,6 +304,7 @@ def _report_table(report) -> Table:
     table.add_row("entering the decoder", str(sum(len(s.kept) for s in report.samples)))
     table.add_row("equivalent tokens", f"{report.equivalent_tokens:.1f} (mean over decoder layers)")
     cache = f"{size(report.kv_bytes)}, {share(report.kv_bytes, report.kv_bytes_full)} of {size(report.kv_bytes_full)} unpruned"
+    table.add_row("where they went", describe_trail(report.samples[0].trail()))
     table.add_row("KV cache", cache)
     work = f"{flops(report.flops)}, {share(report.flops, report.flops_full)} of {flops(report.flops_full)} unpruned"
     table.add_row("FLOPs to first token", work)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from vtprune.pruner import STAGES, Pruner, VtpruneError
+from vtprune.pruner import STAGES, Encoder, Pruner, VtpruneError
 from vtprune.registry import SHIPPED, available
 
 # any depth does to ask a strategy what it reads; this one has room for every layer a paper names
 _DEPTH = 32
+_ENCODER = Encoder(depth=23, blocks=24, cls=True)
 # Needs.queries, and a model's capabilities, in words
 _WORDS = {
     "cls": "CLS attention",
@@ -19,7 +21,7 @@ _WORDS = {
 
 
 def describe_all() -> list[dict[str, Any]]:
-    """One JSON-ready row per strategy: name, stages, positions, needs, paper, package (of third-party ones)."""
+    """One JSON-ready row per strategy: name, stages, positions, needs, paper, year, package (of third-party ones)."""
     return [
         {
             "name": name,
@@ -27,10 +29,17 @@ def describe_all() -> list[dict[str, Any]]:
             "positions": cls.positions,
             "needs": _needs(cls),
             "paper": cls.paper,
+            "year": _year(cls.paper),
             "package": None if name in SHIPPED else cls.__module__.partition(".")[0],
         }
         for name, cls in available().items()
     ]
+
+
+def _year(paper: str) -> int | None:
+    """The year of publication that a paper's line ends with, if it names one."""
+    found = re.findall(r"\b(?:19|20)\d\d\b(?!\.)", paper)
+    return int(found[-1]) if found else None
 
 
 def _needs(cls: type[Pruner]) -> list[str]:
@@ -40,10 +49,14 @@ def _needs(cls: type[Pruner]) -> list[str]:
         pruner = cls()
     except (TypeError, VtpruneError):
         return list(found)  # a strategy without defaults tells only with a budget at hand
-    for stage in ("encode", "prefill", "decode"):
-        if pruner.part(stage) is None:
-            continue
-        for need in getattr(pruner, f"{stage}_needs")(_DEPTH).values():
+    layers = {"encode": _ENCODER, "prefill": _DEPTH, "decode": _DEPTH}
+    for stage, of in layers.items():
+        try:
+            needs = getattr(pruner, f"{stage}_needs")(of) if pruner.part(stage) is not None else {}
+        except VtpruneError:
+            continue  # it cannot tell before it is given a schedule
+        for need in needs.values():
             if need.queries:
                 found[_WORDS.get(need.queries, need.queries)] = None
+    found.update(dict.fromkeys(cls.reads))
     return list(found)

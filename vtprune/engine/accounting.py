@@ -29,16 +29,18 @@ def report_of(run: Pass) -> Report | None:
         samples.append(
             SampleReport(
                 visual_tokens=sum(item.sizes),
-                kept=layers[0],
+                kept=layers[0].sort().values,
                 layers=layers,
                 cached=[_cached(run, row, layer) for layer in range(depth)] if run.cache is not None else [],
                 encoded=_encoded(run, images),
                 merged=item.merged,
+                foreign=sorted(item.foreign),
                 images=list(item.sizes),
                 grids=[grid(size) for size in item.sizes],
             )
         )
-    _check_pruned(run, samples)
+    notes = [*dict.fromkeys([n for r in run.records if r.encoding is not None for n in r.encoding.notes] + run.notes)]
+    notes += _check_pruned(run, samples)
     full_bytes = 0
     if run.cache is not None:
         logical = run.cache.get_seq_length()
@@ -57,6 +59,7 @@ def report_of(run: Pass) -> Report | None:
         flops=flops,
         flops_full=flops_full,
         clock=run.clock,
+        notes=notes,
     )
 
 
@@ -100,19 +103,31 @@ def _encoded(run: Pass, images: list[int]) -> list[tuple[int, Tensor]]:
     return result
 
 
-def _check_pruned(run: Pass, samples: list[SampleReport]) -> None:
+def _check_pruned(run: Pass, samples: list[SampleReport]) -> list[str]:
+    """A note where thresholds dropped nothing.
+
+    Raises:
+        NothingPrunedError: where a budget did.
+    """
+    pruner, notes = run.plan.pruner, []
     for sample in samples:
-        if not sample.visual_tokens or not run.plan.pruner.asks_to_prune(tuple(sample.images)):
+        sizes = tuple(sample.images)
+        if not sizes or not pruner.asks_to_prune(sizes):
             continue
-        if min(len(t) for t in [*sample.layers, *sample.cached]) == sample.visual_tokens:
-            hint = (
-                ""
-                if run.cache is not None or not run.plan.decode
-                else " Without a cache (use_cache=False) the decode stage has nothing to cut."
-            )
-            raise NothingPrunedError(
-                f"{run.plan.pruner.describe()} was asked to prune {sample.visual_tokens} visual tokens and dropped none." + hint
-            )
+        if min(len(t) for t in [*sample.layers, *sample.cached]) < sample.visual_tokens:
+            continue
+        if not pruner.promises_to_prune(sizes):
+            notes = [f"{pruner.name}: of at least one sample nothing was dropped, as nothing fell below its thresholds."]
+            continue
+        hint = (
+            ""
+            if run.cache is not None or not run.plan.decode
+            else " Without a cache (use_cache=False) the decode stage has nothing to cut."
+        )
+        raise NothingPrunedError(
+            f"{pruner.describe()} was asked to prune {sample.visual_tokens} visual tokens and dropped none." + hint
+        )
+    return notes
 
 
 def _flops(run: Pass) -> tuple[int, int]:

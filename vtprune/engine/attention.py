@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from vtprune.engine.stream import causal_mask
+from vtprune.engine.stream import causal_mask, take
+from vtprune.families.base import Site
 from vtprune.pruner import Needs, Rows, UnsupportedError
 
 NAME = "vtprune_rows"
@@ -115,18 +116,37 @@ def attention_rows(query: Tensor, key: Tensor, value: Tensor, scaling: float, re
         query: [B, H, L, d]; key, value: [B, Hkv, S, d], after position embedding, cached keys first.
     """
     batch, heads, _, width = query.shape
-    groups = heads // key.shape[1]
     if request.rows is None:
-        q = query.float().mean(2, keepdim=True)
-        rows_valid = torch.ones(batch, 1, dtype=torch.bool, device=query.device)
+        rows = _rows(query.float().mean(2, keepdim=True), key, scaling, request)
     else:
-        q = query.gather(2, request.rows[:, None, :, None].expand(-1, heads, -1, width)).float()
-        rows_valid = request.rows_valid
-    count = q.shape[2]
+        q = query.gather(2, request.rows[:, None, :, None].expand(batch, heads, -1, width)).float()
+        rows = _rows(q, key, scaling, request)
+    if request.needs.values:
+        rows.values = _columns(value, request)
+        if request.rows is None:
+            rows.query_values = value.float().mean(2, keepdim=True)
+        else:
+            # in self-attention the queries are the last keys
+            at = request.rows + (key.shape[2] - query.shape[2])
+            rows.query_values = value.gather(2, at[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3])).float()
+    return rows
+
+
+def _columns(t: Tensor, request: Request) -> Tensor:
+    """[B, Hkv, N, d] fp32: the requested keys of `t` [B, Hkv, S, d]."""
+    return t.gather(2, request.columns[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])).float()
+
+
+def _rows(q: Tensor, key: Tensor, scaling: float, request: Request) -> Rows:
+    """`attention_rows` for queries [B, H, R, d] that are gathered already, in fp32."""
+    batch, heads, count, width = q.shape
+    rows_valid = request.rows_valid
+    if request.rows is None:
+        rows_valid = torch.ones(batch, 1, dtype=torch.bool, device=q.device)
     # query heads of one group share a key head: fold them into the row dimension instead of repeating the keys
-    q = q.reshape(batch, key.shape[1], groups * count, width)
+    q = q.reshape(batch, key.shape[1], heads // key.shape[1] * count, width)
     logits = torch.matmul(q, key.float().transpose(-1, -2)).mul_(scaling)
-    logits = logits.view(batch, heads, count, -1)
+    logits = logits.view(batch, heads, count, key.shape[2])
 
     seen = request.keys_valid[:, None, None, :] if request.keys_valid is not None else None
     if request.offset is not None:
@@ -140,23 +160,44 @@ def attention_rows(query: Tensor, key: Tensor, value: Tensor, scaling: float, re
     # a row that sees nothing, as it only pads the batch, attends to nothing: exp(-inf - 0), not NaN
     lse = logits.logsumexp(-1)
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
-
-    def pick(t: Tensor) -> Tensor:
-        return t.gather(2, request.columns[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
-
     columns = request.columns[:, None, None, :].expand(-1, heads, count, -1)
     rows = Rows(logits.gather(3, columns), lse, rows_valid)
     if request.needs.keys:
-        rows.keys = pick(key).float()
-    if request.needs.values:
-        rows.values = pick(value).float()
-        if request.rows is None:
-            rows.query_values = value.float().mean(2, keepdim=True)
-        else:
-            # in self-attention the queries are the last keys
-            at = request.rows + (key.shape[2] - query.shape[2])
-            rows.query_values = value.gather(2, at[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3])).float()
+        rows.keys = _columns(key, request)
     return rows
+
+
+def rows_ahead(site: Site, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], past: Tensor | None, request: Request):
+    """The rows that decoder layer `layer` would have on its input `hidden`: queries of the wanted rows only, keys of all.
+
+    Parameters:
+        hidden: [B, n, D]; rotary: cos and sin [B or 1, n, d] of its positions; past: cached keys [B, Hkv, S, d] or None.
+    Raises:
+        UnsupportedError: if the layer's attention is not made of the declared parts.
+    """
+    block = site.decoder_layers[layer]
+    attention, family = block.self_attn, site.family
+    parts = [getattr(block, family.norm, None), getattr(attention, family.query, None), getattr(attention, family.key, None)]
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if None in parts or rotate is None:
+        raise UnsupportedError(
+            f"{type(attention).__name__}: the queries and keys of a layer about to run cannot be computed apart from it "
+            f"(no {family.norm}, {family.query}, {family.key} or rotary function as declared for {family.name})."
+        )
+    norm, to_query, to_key = parts
+    normed = norm(hidden)
+
+    def heads(x: Tensor, name: str) -> Tensor:
+        x = x.unflatten(-1, (-1, attention.head_dim))
+        extra = getattr(attention, name, None)
+        return (x if extra is None else extra(x)).transpose(1, 2)
+
+    q, k = heads(to_query(take(normed, request.rows)), "q_norm"), heads(to_key(normed), "k_norm")
+    cos, sin = rotary
+    q = rotate(q, q, take(cos, request.rows), take(sin, request.rows))[0]
+    k = rotate(k, k, cos, sin)[1]
+    k = k if past is None else torch.cat([past, k], 2)
+    return _rows(q.float(), k, getattr(attention, "scaling", attention.head_dim**-0.5), request)
 
 
 def kernel_mask(

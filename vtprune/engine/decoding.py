@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from vtprune.engine.attention import Request, kernel_mask
+from vtprune.engine.attention import Request, kernel_mask, rows_ahead
 from vtprune.engine.cache import PrunedLayer, check_cache, is_pruned, pruned_layer
 from vtprune.engine.encoding import ImageTokens
-from vtprune.engine.items import Item, checked, slice_rows, stack_carry, unstack_carry
+from vtprune.engine.items import Choice, Item, checked, slice_rows, stack_carry, unstack_carry
 from vtprune.engine.stream import Stream, compress, groups, join_valid, take
 from vtprune.families.base import Site
 from vtprune.measure.clock import Clock
 from vtprune.measure.flops import layer_costs, linear_flops_per_token
 from vtprune.pruner import (
     DecodeView,
+    Inputs,
     Needs,
     PrefillView,
     Pruner,
@@ -71,10 +72,18 @@ class Plan:
 
 @dataclass
 class Decision:
-    """What one sample's prefill decided, for runs that feed the whole sequence again (no cache)."""
+    """What one sample's prefill decided, for runs that feed the whole sequence again (no cache).
 
-    entered: list[Tensor]
-    layers: dict[int, Tensor]
+    Parameters:
+        images: per image, what entered the decoder, and the vectors it was given there, if any.
+        layers: per layer, the numbers of those that went on, in order, and the vectors they were given, if any.
+        merged, foreign: as in `Item`, at the end.
+    """
+
+    images: list[tuple[Item, Tensor | None]]
+    layers: dict[int, tuple[Tensor, Tensor | None]]
+    merged: dict[int, list[int]]
+    foreign: list[int]
 
 
 class Pass:
@@ -101,6 +110,13 @@ class Pass:
         self.logical: Tensor | None = None
         self.replays: list[Decision | None] | None = None
         self.evicted: dict[int, Tensor] = {}
+        self.notes: list[str] = []
+        self.cutting: set[int] = set()
+        # embeddings at the fed length, and what `select` and `prefill` put in their place: for `Needs.inputs`, replays
+        self.embeds: Tensor | None = None
+        self.entering: Stream | None = None
+        self.selected: dict[int, Tensor] = {}
+        self.went_on: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {}
         # of the images fed in this pass: which belong to each row, what the encoder left of them, what entered
         self.images: list[list[int]] = []
         self.records: list[ImageTokens] = []
@@ -194,17 +210,19 @@ class Pass:
         if past == 0 and not use_cache:
             self.replays = self._find_replays(records)
         # a fresh copy per call: features may be fed again with another question
-        items = [
-            Item(r.item.index, (r.size,), dict(r.item.carry), {k: list(v) for k, v in r.item.merged.items()}) for r in records
-        ]
+        items = [r.item.copy() for r in records]
         if self.replays is not None:
             for row, decision in enumerate(self.replays):
-                for image, entered in zip(self.images[row], decision.entered if decision else [], strict=True):
-                    items[image].index = entered
+                for image, (item, vectors) in zip(self.images[row], decision.images if decision else [], strict=True):
+                    items[image] = item.copy()
+                    if vectors is not None:
+                        self.selected[image] = vectors
         elif self.plan.pruner.part("select") is not None:
-            embeds = embeds.contiguous()  # merged vectors are written into it
             self._select(items, records, where, starts, embeds)
+        if self.selected or any(item.ordered for item in items):
+            embeds = self._arrange(items, where, starts, embeds.clone())
             kwargs = {**kwargs, "inputs_embeds": embeds}
+        self.embeds = embeds
 
         if sum(len(item.index) for item in items) < total:
             alive = torch.zeros(total, dtype=torch.bool, device=embeds.device)
@@ -216,10 +234,28 @@ class Pass:
                 "inputs_embeds": take(embeds, gather),
                 "position_ids": self.stream.positions(self.logical, self.plan.compact, None),
             }
+        self.entering = self.stream
         self.records = records
         self.image_items = items
         self.items = [self._join([items[i] for i in images]) for images in self.images]
+        self.cutting = self._cutting_layers()
+        for item, decision in zip(self.items, self.replays or [], strict=False):
+            if decision is not None:
+                item.merged, item.foreign = decision.merged, decision.foreign
         return kwargs
+
+    def _cutting_layers(self) -> set[int]:
+        """Layers before which `prefill` is to be asked in this pass."""
+        strategy, layers = self.plan.pruner.part("prefill"), set(self.plan.prefill)
+        if not layers:
+            return layers
+        wanted: set[int] = set()
+        for item in self.items:
+            at = strategy.prefill_at(self.plan.depth, item.sizes, len(item.index)) if item.sizes else ()
+            if at is None:
+                return layers
+            wanted |= layers.intersection(at)
+        return wanted
 
     def _find_replays(self, records: list[ImageTokens]) -> list[Decision | None] | None:
         """Decisions of an earlier, shorter run of the same prompts over the same features, if all rows have one."""
@@ -254,17 +290,36 @@ class Pass:
             tuple(item.sizes[0] for item in items),
             {name: torch.cat([i.carry[name] for i in items]) for name in names},
             {k + o: [v + o for v in vs] for item, o in zip(items, offsets, strict=False) for k, vs in item.merged.items()},
+            [n + o for item, o in zip(items, offsets, strict=False) for n in item.foreign],
         )
+
+    def _arrange(self, items: list[Item], where: Tensor, starts: Tensor, embeds: Tensor) -> Tensor:
+        """Write the vectors that `select` made, and move the tokens of rearranged images to the slots of their order."""
+        flat = embeds.view(-1, embeds.shape[-1])
+        slots = where[:, 0] * embeds.shape[1] + where[:, 1]
+        begins = starts.tolist()
+        for image, vectors in self.selected.items():
+            flat[slots[items[image].index + begins[image]]] = vectors.to(flat.dtype)
+        if any(item.ordered for item in items):
+            self.stream.moved = self.stream.columns().clone()
+            visual, moved = self.stream.visual.view(-1), self.stream.moved.view(-1)
+            for item, begin in zip(items, begins, strict=False):
+                if item.ordered:
+                    here, there = slots[item.index.sort().values + begin], slots[item.index + begin]
+                    flat[here], visual[here], moved[here] = flat[there], visual[there], moved[there]
+        return embeds
 
     def _select(self, items: list[Item], records: list[ImageTokens], where: Tensor, starts: Tensor, embeds: Tensor) -> None:
         strategy = self.plan.pruner.part("select")
         first = {image: at for images in self.images for at, image in enumerate(images)}
-        text_of: dict[int, Tensor] = {}
+        text_of: dict[int, tuple[Tensor, Tensor]] = {}
         text_mask = ~self.placeholders if self.stream.valid is None else self.stream.valid & ~self.placeholders
 
-        def text(row: int) -> Tensor:
+        def text(row: int) -> tuple[Tensor, Tensor]:
             if row not in text_of:
-                text_of[row] = embeds[row][text_mask[row]]
+                none = torch.zeros(0, dtype=torch.long, device=embeds.device)
+                ids = none if self.input_ids is None else self.input_ids[row][text_mask[row]]
+                text_of[row] = embeds[row][text_mask[row]], ids
             return text_of[row]
 
         row_of = {image: row for row, images in enumerate(self.images) for image in images}
@@ -278,20 +333,22 @@ class Pass:
                 index=index,
                 sizes=members[0].sizes,
                 carry=stack_carry(members),
+                notes=self.notes,
                 features=flat[slots[index + begin[:, None]]],
                 grid=self.plan.site.grid(records[group[0]].size),
                 ordinal=torch.tensor([first[i] for i in group]),
-                text=[text(row_of[i]) for i in group],
+                text=[text(row_of[i])[0] for i in group],
+                ids=[text(row_of[i])[1] for i in group],
             )
             keep = strategy.select(view)
             unstack_carry(members, view.carry)
             if keep is None:
                 continue
-            indices, vectors, into = checked(keep, len(group), view.tokens, f"{strategy.name}.select")
-            for at, item in enumerate(members):
-                item.cut(indices[at], into[at] if into else None)
-                if vectors is not None:
-                    flat[slots[item.index + begin[at]]] = vectors[at].to(flat.dtype)
+            choices = checked(keep, len(group), view.tokens, f"{strategy.name}.select")
+            for image, choice in zip(group, choices, strict=True):
+                items[image].cut(choice)
+                if choice.hidden is not None:
+                    self.selected[image] = choice.hidden
 
     # ------------------------------------------------------------------ between layers
 
@@ -301,8 +358,8 @@ class Pass:
             return None
         with self.clock.span("selection"):
             hidden = args[0] if args else kwargs["hidden_states"]
-            if layer in self.plan.prefill and self.items:
-                hidden = self._cut(layer, hidden)
+            if layer in self.cutting:
+                hidden = self._cut(layer, hidden, kwargs)
             self.streams.append(self.stream)
             if not (self.stream.pruned or is_pruned(self.cache, layer)):
                 return None
@@ -342,50 +399,101 @@ class Pass:
         positions = self.stream.positions(self.logical, self.plan.compact, shift)
         return positions, self.plan.site.rotary(hidden, position_ids=positions)
 
-    def _cut(self, layer: int, hidden: Tensor) -> Tensor:
-        counts, slots, numbers = self.stream.visual_slots()
-        lost = torch.zeros(self.stream.index.shape, dtype=torch.bool, device=hidden.device)
-        some = False
+    def _cut(self, layer: int, hidden: Tensor, kwargs: dict) -> Tensor:
+        """Ask `prefill` what goes on from `layer`; returns the hidden states that do."""
         if self.replays is not None:
-            for row, decision in enumerate(self.replays):
-                if decision is not None and counts[row]:
-                    stays = torch.isin(numbers[row, : counts[row]], decision.layers[layer])
-                    lost[row, slots[row, : counts[row]]] = ~stays
-            some = bool(lost.any())
+            choices = self._replayed(layer)
         else:
-            strategy, rows = self.plan.pruner.part("prefill"), self.rows.pop(("prefill", layer - 1), None)
-            computed = list(zip(*(stream.visual_slots()[0] for stream in self.streams), strict=True))
-            for group, common in self._views(counts, numbers, rows, alike=computed):
-                members = [self.items[i] for i in group]
-                view = PrefillView(
-                    **common,
-                    layer=layer,
-                    depth=self.plan.depth,
-                    hidden=take(hidden[group], slots[group][:, : counts[group[0]]])
-                    if self.plan.prefill[layer].hidden
-                    else None,
-                    computed=computed[group[0]],
-                )
-                keep = strategy.prefill(view)
-                unstack_carry(members, view.carry)
-                if keep is None:
-                    continue
-                indices, vectors, into = checked(keep, len(group), view.tokens, f"{strategy.name}.prefill", least=0)
-                if vectors is not None:
-                    hidden = hidden.clone()
-                for at, row in enumerate(group):
-                    stays = slots[row, indices[at]]
-                    if vectors is not None:
-                        hidden[row, stays] = vectors[at].to(hidden.dtype)
-                    if len(stays) < view.tokens:
-                        lost[row, slots[row, : counts[row]]] = True
-                        lost[row, stays] = False
-                        some = True
-                    self.items[row].cut(indices[at], into[at] if into else None)
+            choices = self._ask_prefill(layer, hidden, kwargs)
+        counts, slots, _ = self.stream.visual_slots()
+        lost = torch.zeros(self.stream.index.shape, dtype=torch.bool, device=hidden.device)
+        some, copied = False, False
+        for row, choice in choices.items():
+            here = there = slots[row, choice.kept]
+            if choice.ordered:
+                here = there.sort().values
+                self.stream = self.stream.rearranged(row, here, there)
+            if choice.ordered or choice.hidden is not None:
+                hidden, copied = (hidden if copied else hidden.clone()), True
+                hidden[row, here] = hidden[row, there] if choice.hidden is None else choice.hidden.to(hidden.dtype)
+            if len(here) < counts[row]:
+                lost[row, slots[row, : counts[row]]] = True
+                lost[row, here] = False
+                some = True
         if not some:
             return hidden
         self.stream, gather = self.stream.drop(lost)
         return take(hidden, gather)
+
+    def _ask_prefill(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[int, Choice]:
+        """What the strategy chooses before `layer`, per row that changes."""
+        strategy, need = self.plan.pruner.part("prefill"), self.plan.prefill[layer]
+        counts, slots, numbers = self.stream.visual_slots()
+        rows = self._ahead(layer, need, hidden, kwargs) if need.ahead else self.rows.pop(("prefill", layer - 1), None)
+        computed = list(zip(*(stream.visual_slots()[0] for stream in self.streams), strict=True))
+        choices: dict[int, Choice] = {}
+        for group, common in self._views(counts, numbers, rows, alike=computed):
+            members = [self.items[i] for i in group]
+            here = slots[group][:, : counts[group[0]]]
+            view = PrefillView(
+                **common,
+                layer=layer,
+                depth=self.plan.depth,
+                hidden=take(hidden[group], here) if need.hidden else None,
+                inputs=self._inputs(group, need) if need.inputs else None,
+                computed=computed[group[0]],
+            )
+            keep = strategy.prefill(view)
+            unstack_carry(members, view.carry)
+            if keep is None:
+                continue
+            found = checked(keep, len(group), view.tokens, f"{strategy.name}.prefill", least=0)
+            for row, choice in zip(group, found, strict=True):
+                if choice.changes(view.tokens):
+                    choices[row] = choice
+                    self.items[row].cut(choice)
+                    self.went_on.setdefault(layer, {})[row] = self.items[row].index, choice.hidden
+        return choices
+
+    def _replayed(self, layer: int) -> dict[int, Choice]:
+        """What was chosen before `layer` when the prompt alone was fed."""
+        counts, _, numbers = self.stream.visual_slots()
+        choices: dict[int, Choice] = {}
+        for row, decision in enumerate(self.replays):
+            if decision is None or layer not in decision.layers:
+                continue
+            wanted, vectors = decision.layers[layer]
+            kept = (wanted[:, None] == numbers[row, : counts[row]]).nonzero()[:, 1]
+            choices[row] = Choice(kept, vectors, ordered=True)
+        return choices
+
+    def _inputs(self, group: list[int], need: Needs) -> Inputs:
+        """What the group's visual and query tokens entered the decoder as; its members entered equally many."""
+        counts, slots, _ = self.entering.visual_slots()
+        visual = self.entering.index[group].gather(1, slots[group][:, : counts[group[0]]])
+        queries = self._query_rows(need.queries or "text")[0]
+        text = self.stream.index.gather(1, queries)[group]
+        embeds = self.embeds if len(group) == len(self.items) else self.embeds[group]
+        return Inputs(take(embeds, visual), take(embeds, text))
+
+    def _ahead(self, layer: int, need: Needs, hidden: Tensor, kwargs: dict) -> Rows | None:
+        """The rows that `layer` would compute on its input, were nothing cut before it."""
+        stream, cached = self.stream, None if self.cache is None else self.cache.layers[layer]
+        counts, slots, _ = stream.visual_slots()
+        if max(counts) == 0:
+            return None
+        past, past_valid, shift = 0, None, None
+        if isinstance(cached, PrunedLayer):
+            past, past_valid, shift = cached.physical, cached.valid, cached.shift
+        elif cached is not None and cached.keys is not None and cached.keys.numel():
+            past, past_valid = cached.keys.shape[-2], self.past_valid
+        rotary = kwargs["position_embeddings"]
+        if stream.pruned or isinstance(cached, PrunedLayer):
+            rotary = self._rotary(hidden, shift)[1]
+        rows, rows_valid = self._query_rows(need.queries)
+        keys_valid = join_valid(past_valid, past, stream.valid, stream.index)
+        request = Request(need, rows, rows_valid, slots + past, keys_valid, past)
+        return rows_ahead(self.plan.site, layer, hidden, rotary, cached.keys if past else None, request)
 
     def _views(
         self, counts: list[int], numbers: Tensor, rows: Rows | None, alike: list | None = None, carried: bool = True
@@ -408,6 +516,7 @@ class Pass:
                     "index": (numbers if whole else numbers[group])[:, :n],
                     "sizes": members[0].sizes,
                     "carry": stack_carry(members) if carried else {},
+                    "notes": self.notes,
                     "rows": slice_rows(rows, group, n),
                 },
             )
@@ -416,7 +525,8 @@ class Pass:
         """The attention rows wanted of decoder layer `layer`."""
         if not self.active or not self.items or self.replays is not None:
             return
-        wanted = [("prefill", self.plan.prefill.get(layer + 1)), ("decode", self.plan.decode.get(layer))]
+        ahead = self.plan.prefill[layer + 1] if layer + 1 in self.cutting else None
+        wanted = [("prefill", None if ahead is None or ahead.ahead else ahead), ("decode", self.plan.decode.get(layer))]
         wanted = [(stage, need) for stage, need in wanted if need is not None and need.queries is not None]
         if not wanted:
             return
@@ -507,11 +617,10 @@ class Pass:
             keep = strategy.decode(view)
             if keep is None:
                 continue
-            indices, _, _ = checked(keep, len(group), view.tokens, f"{strategy.name}.decode", least=0)
-            for at, row in enumerate(group):
-                if len(indices[at]) < view.tokens:
+            for row, choice in zip(group, checked(keep, len(group), view.tokens, f"{strategy.name}.decode", 0), strict=True):
+                if len(choice.kept) < view.tokens:
                     lost[row, slots[row, : counts[row]]] = True
-                    lost[row, slots[row, indices[at]]] = False
+                    lost[row, slots[row, choice.kept]] = False
                     some = True
         if not some:
             return
@@ -532,14 +641,17 @@ class Pass:
             if images:
                 decision = self.replays[row] if self.replays is not None else None
                 if decision is None:
-                    entered = [self.image_items[i].index for i in images]
-                    layers = {layer: self.computed(row, layer) for layer in self.plan.prefill}
-                    decision = Decision(entered, layers)
+                    decision = Decision(
+                        [(self.image_items[i], self.selected.get(i)) for i in images],
+                        {layer: rows[row] for layer, rows in self.went_on.items() if row in rows},
+                        self.items[row].merged,
+                        self.items[row].foreign,
+                    )
                 record = self.records[images[0]]
                 record.replays = fresh.setdefault(id(record), [])
                 record.replays.append((self._prompt(row).clone(), decision))
 
     def computed(self, row: int, layer: int) -> Tensor:
-        """Numbers of a sample's visual tokens that `layer` ran on, ascending."""
+        """Numbers of a sample's visual tokens that `layer` ran on, in the order in which it did."""
         counts, _, numbers = self.streams[layer].visual_slots()
         return numbers[row, : counts[row]]

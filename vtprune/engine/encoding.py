@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from vtprune.engine.attention import Request, padding_mask
-from vtprune.engine.items import Item, checked, slice_rows, stack_carry, unstack_carry
+from vtprune.engine.items import Choice, Item, checked, slice_rows, stack_carry, unstack_carry
 from vtprune.engine.stream import groups
 from vtprune.measure.clock import Clock
-from vtprune.pruner import EncodeView, Needs, Pruner, Rows, UnsupportedError
+from vtprune.pruner import EncodeView, Needs, Pruner, Rows, UnsupportedError, VtpruneError
+
+
+@dataclass
+class Start:
+    """The tokens that the encoder starts with, where pictures were scaled down before it.
+
+    Parameters:
+        size: tokens at full size; index: LongTensor [n], the numbers that the remaining ones go by.
+        grid: (rows, columns) of them; merged: {number: numbers that it also covers}.
+    """
+
+    size: int
+    index: Tensor
+    grid: tuple[int, int]
+    merged: dict[int, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, full: tuple[int, int], grid: tuple[int, int], device: torch.device) -> Start:
+        """A grid laid over a finer one: each of its cells goes by the number of the fine cell in its middle."""
+        (tall, wide), (rows, columns) = full, grid
+        middle_y = [(2 * i + 1) * tall // (2 * rows) for i in range(rows)]
+        middle_x = [(2 * j + 1) * wide // (2 * columns) for j in range(columns)]
+        number = [y * wide + x for y in middle_y for x in middle_x]
+        merged: dict[int, list[int]] = {n: [] for n in number}
+        for fine in range(tall * wide):
+            y, x = divmod(fine, wide)
+            owner = number[y * rows // tall * columns + x * columns // wide]
+            if fine != owner:
+                merged[owner].append(fine)
+        return cls(tall * wide, torch.tensor(number, device=device), grid, {k: v for k, v in merged.items() if v})
 
 
 class Encoding:
@@ -22,6 +53,7 @@ class Encoding:
     Parameters:
         pruner: the strategy that owns the `encode` stage, or None to only count tokens.
         needs: its declaration per block; depth: blocks that feed the projector; special: tokens before the patches.
+        start: where pictures were scaled down first, what is left.
     """
 
     def __init__(
@@ -33,9 +65,11 @@ class Encoding:
         kernel: Callable[[], str],
         grid,
         clock,
+        start: Start | None = None,
     ):
         self.pruner, self.needs, self.depth, self.special = pruner, needs, depth, special
-        self.kernel, self.grid, self.clock = kernel, grid, clock
+        self.kernel, self.grid, self.clock, self.start = kernel, grid, clock, start
+        self.notes: list[str] = []
         self.items: list[Item] = []
         self.sequence = 0
         self.lengths: list[list[int]] = []
@@ -51,9 +85,16 @@ class Encoding:
         hidden = args[0] if args else kwargs["hidden_states"]
         if block == 0:
             patches = hidden.shape[1] - self.special
-            index = torch.arange(patches, device=hidden.device)
-            self.items = [Item(index, (patches,)) for _ in range(hidden.shape[0])]
-            self.sequence = hidden.shape[1]
+            if self.start is None:
+                index = torch.arange(patches, device=hidden.device)
+                self.items = [Item(index, (patches,)) for _ in range(hidden.shape[0])]
+            else:
+                start = self.start
+                self.items = [
+                    Item(start.index, (start.size,), merged=dict(start.merged), cuts=[(-1, start.index)])
+                    for _ in range(hidden.shape[0])
+                ]
+            self.sequence = self.special + self.items[0].sizes[0]
         self.lengths.append([self.special + n for n in self.counts])
         if self._mask is None:
             return None
@@ -89,47 +130,54 @@ class Encoding:
         with self.clock.span("selection"):
             hidden = output[0] if isinstance(output, tuple) else output
             rows, self._rows = self._rows, None
-            kept, replaced = self._choose(block, hidden, rows)
-            if kept is None:
+            chosen = self._choose(block, hidden, rows)
+            if chosen is None:
                 return None
-            hidden = self._gather(hidden, kept, replaced)
+            hidden = self._gather(hidden, chosen)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _choose(self, block: int, hidden: Tensor, rows: Rows | None):
+    def _choose(self, block: int, hidden: Tensor, rows: Rows | None) -> list[Choice] | None:
+        """The strategy's choice for every image, or None if nothing changes."""
         counts, special = self.counts, self.special
-        kept: list[Tensor | None] = [None] * len(counts)
-        replaced: dict[int, Tensor] = {}
+        chosen: list[Choice | None] = [None] * len(counts)
         for group in groups(counts):
             n, items = counts[group[0]], [self.items[i] for i in group]
-            whole = len(group) == len(counts)
+            mine = hidden if len(group) == len(counts) else hidden[group]
             view = EncodeView(
                 index=torch.stack([item.index for item in items]),
                 sizes=items[0].sizes,
                 carry=stack_carry(items),
+                notes=self.notes,
                 layer=block,
                 depth=self.depth,
-                hidden=(hidden if whole else hidden[group])[:, special : special + n],
+                hidden=mine[:, special : special + n],
+                special=mine[:, :special],
                 rows=slice_rows(rows, group, n),
-                grid=self.grid(items[0].sizes[0]),
+                grid=self.grid(items[0].sizes[0]) if self.start is None else self.start.grid,
             )
             keep = self.pruner.encode(view)
             unstack_carry(items, view.carry)
             if keep is None:
                 continue
-            indices, vectors, into = checked(keep, len(group), n, f"{self.pruner.name}.encode")
-            for at, i in enumerate(group):
-                if len(indices[at]) < n or vectors is not None:
-                    self.items[i].cut(indices[at], into[at] if into else None)
+            if block >= self.depth:
+                raise VtpruneError(
+                    f"{self.pruner.name}.encode returned a choice after block {block}, but the projector is fed by the block "
+                    f"before it: nothing can be dropped any more, only looked at."
+                )
+            for i, choice in zip(group, checked(keep, len(group), n, f"{self.pruner.name}.encode"), strict=True):
+                if choice.changes(n):
+                    self.items[i].cut(choice)
                     self.items[i].cuts.append((block, self.items[i].index))
-                    kept[i] = indices[at]
-                    if vectors is not None:
-                        replaced[i] = vectors[at]
-        if all(k is None for k in kept):
-            return None, replaced
-        device = hidden.device
-        return [torch.arange(n, device=device) if k is None else k for k, n in zip(kept, counts, strict=True)], replaced
+                    chosen[i] = choice
+        if all(choice is None for choice in chosen):
+            return None
+        return [
+            Choice(torch.arange(n, device=hidden.device)) if choice is None else choice
+            for choice, n in zip(chosen, counts, strict=True)
+        ]
 
-    def _gather(self, hidden: Tensor, kept: list[Tensor], replaced: dict[int, Tensor]) -> Tensor:
+    def _gather(self, hidden: Tensor, chosen: list[Choice]) -> Tensor:
+        kept = [choice.kept for choice in chosen]
         counts, special = [len(k) for k in kept], self.special
         longest = max(counts)
         index = torch.zeros(len(kept), special + longest, dtype=torch.long, device=hidden.device)
@@ -145,8 +193,9 @@ class Encoding:
             )
             self._mask = padding_mask(self.kernel(), valid, hidden.dtype)
         shorter = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        for i, vectors in replaced.items():
-            shorter[i, special : special + counts[i]] = vectors.to(shorter.dtype)
+        for i, choice in enumerate(chosen):
+            if choice.hidden is not None:
+                shorter[i, special : special + counts[i]] = choice.hidden.to(shorter.dtype)
         return shorter
 
 
@@ -178,7 +227,7 @@ def attach_records(features: list[Tensor], encoding: Encoding, owner: object) ->
     """Projected features at full length (dropped rows zero, to match the placeholders), each with its record."""
     result = []
     for at, feature in enumerate(features):
-        if encoding.pruner is None:
+        if encoding.pruner is None and encoding.start is None:
             index = torch.arange(len(feature), device=feature.device)
             item, full = Item(index, (len(feature),)), feature
         else:
@@ -189,18 +238,19 @@ def attach_records(features: list[Tensor], encoding: Encoding, owner: object) ->
                     f"not stand for one another (vision_feature_select_strategy='full' keeps the class token, for one). Use "
                     f"the 'default' select strategy, or a strategy of another stage."
                 )
-            full = _full_length(feature, item.index.to(feature.device), item.sizes[0])
+            full = _full_length(feature, item)
         # the tensor object itself is what reaches the decoder, once per beam, and is what a second question finds again
         full._vtprune = ImageTokens(item, item.sizes[0], encoding, owner)
         result.append(full)
     return result
 
 
-def _full_length(feature: Tensor, index: Tensor, size: int) -> Tensor:
+def _full_length(feature: Tensor, item: Item) -> Tensor:
     """`feature` (padded rows after the kept ones) with each kept row at its own number, zero elsewhere."""
-    if len(index) == size:
+    if len(item.index) == item.sizes[0] and not item.ordered:
         return feature
-    return feature.new_zeros(size, feature.shape[-1]).index_copy(0, index, feature[: len(index)])
+    index = item.index.to(feature.device)
+    return feature.new_zeros(item.sizes[0], feature.shape[-1]).index_copy(0, index, feature[: len(index)])
 
 
 def new_clock(module: nn.Module) -> Clock:

@@ -11,29 +11,61 @@ from vtprune.pruner import Keep, Rows, VtpruneError
 
 
 @dataclass
+class Choice:
+    """A strategy's answer for one item, checked.
+
+    Parameters:
+        kept: LongTensor [K], positions in the view; ascending unless `ordered`.
+        hidden: [K, ...] replacement vectors, or None; into, foreign: as in `Keep`, or None.
+    """
+
+    kept: Tensor
+    hidden: Tensor | None = None
+    into: Tensor | None = None
+    ordered: bool = False
+    foreign: Tensor | None = None
+
+    def changes(self, tokens: int) -> bool:
+        """Whether it does anything to an item of so many tokens."""
+        return len(self.kept) < tokens or self.hidden is not None or self.ordered
+
+
+@dataclass
 class Item:
     """What is known of the visual tokens of one image or sample, as pruning goes on.
 
     Parameters:
-        index: LongTensor [N], the survivors' numbers before any pruning.
+        index: LongTensor [N], the survivors' numbers before any pruning, in the order in which they flow.
         sizes: tokens of each of its images before any pruning.
         carry: per-token tensors [N, ...].
         merged: {survivor: numbers averaged into it}.
+        foreign: numbers of survivors whose vector stands for something else.
         cuts: (layer, survivors' numbers) after each cut.
+        ordered: whether a strategy has rearranged them, so that `index` need not ascend.
     """
 
     index: Tensor
     sizes: tuple[int, ...]
     carry: dict[str, Tensor] = field(default_factory=dict)
     merged: dict[int, list[int]] = field(default_factory=dict)
+    foreign: list[int] = field(default_factory=list)
     cuts: list[tuple[int, Tensor]] = field(default_factory=list)
+    ordered: bool = False
 
-    def cut(self, kept: Tensor, into: Tensor | None) -> None:
-        """Keep the tokens at `kept` (ascending positions in this item)."""
-        if into is not None or self.merged:
-            self._merge(kept, into)
-        self.index = self.index[kept]
-        self.carry = {name: t[kept] for name, t in self.carry.items()}
+    def cut(self, choice: Choice) -> None:
+        """Keep the chosen tokens."""
+        if choice.into is not None or self.merged:
+            self._merge(choice.kept, choice.into)
+        if choice.foreign is not None:
+            self.foreign = [*self.foreign, *self.index[choice.foreign].tolist()]
+        self.index = self.index[choice.kept]
+        self.carry = {name: t[choice.kept] for name, t in self.carry.items()}
+        self.ordered = self.ordered or choice.ordered
+
+    def copy(self) -> Item:
+        """Another item with the same content, for another call over the same features."""
+        merged = {k: list(v) for k, v in self.merged.items()}
+        return Item(self.index, self.sizes, dict(self.carry), merged, list(self.foreign), list(self.cuts), self.ordered)
 
     def _merge(self, kept: Tensor, into: Tensor | None) -> None:
         numbers, alive = self.index.tolist(), set(kept.tolist())
@@ -74,10 +106,8 @@ def slice_rows(rows: Rows | None, group: list[int], count: int) -> Rows | None:
     )
 
 
-def checked(
-    keep: Keep, items: int, tokens: int, who: str, least: int = 1
-) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None]:
-    """A strategy's answer as one ascending LongTensor per item, with `hidden` and `into` alongside.
+def checked(keep: Keep, items: int, tokens: int, who: str, least: int = 1) -> list[Choice]:
+    """A strategy's answer, one choice per item.
 
     Raises:
         VtpruneError: for indices of the wrong shape, repeated, out of range, or none at all.
@@ -87,15 +117,23 @@ def checked(
     indices = list(keep.indices)
     if len(indices) != items or any(i.dtype != torch.long or i.ndim != 1 for i in indices):
         raise VtpruneError(f"{who} returned indices for {len(indices)} of {items} items, or not as 1-D int64 per item.")
-    hidden = None if keep.hidden is None else list(keep.hidden)
-    kept = []
+    hidden, into, foreign = (None if t is None else list(t) for t in (keep.hidden, keep.into, keep.foreign))
+    choices = []
     for at, index in enumerate(indices):
-        ordered = index.sort().values
+        ascending = index.sort().values
         if len(index) < least:
             raise VtpruneError(f"{who} kept no token of an image; at least one must enter the decoder.")
-        if len(index) and bool((ordered[0] < 0) | (ordered[-1] >= tokens) | (ordered[1:] == ordered[:-1]).any()):
+        if len(index) and bool((ascending[0] < 0) | (ascending[-1] >= tokens) | (ascending[1:] == ascending[:-1]).any()):
             raise VtpruneError(f"{who} returned indices that repeat or lie outside 0 .. {tokens - 1}.")
-        kept.append(ordered)
         if hidden is not None and len(hidden[at]) != len(index):
             raise VtpruneError(f"{who} returned {len(hidden[at])} vectors for {len(index)} kept tokens.")
-    return kept, hidden, None if keep.into is None else list(keep.into)
+        choices.append(
+            Choice(
+                index if keep.ordered else ascending,
+                None if hidden is None else hidden[at],
+                None if into is None else into[at],
+                keep.ordered,
+                None if foreign is None else foreign[at],
+            )
+        )
+    return choices

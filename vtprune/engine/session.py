@@ -21,10 +21,11 @@ from torch import nn
 from vtprune.engine.accounting import report_of
 from vtprune.engine.attention import attach_tap
 from vtprune.engine.decoding import Pass, Plan
-from vtprune.engine.encoding import Encoding, attach_records, new_clock
+from vtprune.engine.encoding import Encoding, Start, attach_records, new_clock
+from vtprune.engine.identity import identify
 from vtprune.families import locate
 from vtprune.measure.clock import NoClock
-from vtprune.pruner import BudgetError, Pipeline, Pruner, UnsupportedError
+from vtprune.pruner import BudgetError, Encoder, Pipeline, Pruner, ShrinkView, UnsupportedError, VtpruneError
 from vtprune.reporting import Report
 
 
@@ -62,12 +63,22 @@ class Session:
                 f"{pruner.name} needs {', '.join(sorted(missing))} of the vision encoder, which {self.site.vision_type!r} "
                 f"does not have. See vtprune.available() for strategies that do without."
             )
+        pruner.check_model(identify(model))
         depth = len(self.site.decoder_layers)
-        part = {stage: pruner.part(stage) for stage in ("encode", "prefill", "decode")}
+        part = {stage: pruner.part(stage) for stage in ("shrink", "encode", "prefill", "decode")}
+        if part["shrink"]:
+            self.site.check_resizable()
+        self.encoder: Pruner | None = None
         self.encode_needs, self.encode_depth = {}, 0
         if part["encode"]:
+            blocks = len(self.site.encoder_layers)
             self.encode_depth = self.site.feature_depth(None)
-            self.encode_needs = dict(part["encode"].encode_needs(self.encode_depth))
+            encoder = Encoder(self.encode_depth, blocks, "cls" in self.site.capabilities())
+            self.encode_needs = dict(part["encode"].encode_needs(encoder))
+            self._check_layers(self.encode_needs, 0, blocks, "encode")
+        if self.encode_needs:
+            self.encoder = part["encode"]
+        if self.encode_needs or part["shrink"]:
             self.site.special_tokens()
         self.plan = Plan(
             pruner,
@@ -76,7 +87,6 @@ class Session:
             dict(part["prefill"].prefill_needs(depth)) if part["prefill"] else {},
             dict(part["decode"].decode_needs(depth)) if part["decode"] else {},
         )
-        self._check_layers(self.encode_needs, 0, self.encode_depth, "encode")
         self._check_layers(self.plan.prefill, 1, depth, "prefill")
         self._check_layers(self.plan.decode, 0, depth, "decode")
         self._local = threading.local()
@@ -124,7 +134,8 @@ class Session:
         self._hook(base.register_forward_hook, self._after_base, always_call=True)
         self._hook(decoder.register_forward_pre_hook, self._before_decoder, with_kwargs=True)
         self._hook(decoder.register_forward_hook, self._after_decoder, always_call=True)
-        tapped = {layer - 1 for layer in self.plan.prefill} | set(self.plan.decode)
+        tapped = {layer - 1 for layer, need in self.plan.prefill.items() if need.queries and not need.ahead}
+        tapped |= {layer for layer, need in self.plan.decode.items() if need.queries}
         for at, layer in enumerate(self.site.decoder_layers):
             self._hook(layer.register_forward_pre_hook, functools.partial(self._before_layer, at), with_kwargs=True)
             if at in tapped:
@@ -178,7 +189,7 @@ class Session:
         """`get_image_features` with pruning; the output keeps its type and full length, dropped rows are zero."""
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        pruner = self.pruner.part("encode")
+        pruner = self.encoder
         if pruner is not None and self.site.feature_depth(given.get("vision_feature_layer")) != self.encode_depth:
             raise UnsupportedError(
                 f"vision_feature_layer={given['vision_feature_layer']} differs from the model's configuration, which the "
@@ -187,15 +198,23 @@ class Session:
         call = getattr(self._local, "call", None)
         clock = call.clock if call is not None else new_clock(self.site.base)
         config = self.site.encoder_layers[0].self_attn.config
+        start = None
+        if self.pruner.part("shrink") is not None:
+            with clock.span("selection"):
+                given, start, notes = self._shrink(given)
+            args, kwargs = (), {name: value for name, value in given.items() if name != "kwargs"}
         self._local.encoding = encoding = Encoding(
             pruner,
             self.encode_needs,
             self.encode_depth,
-            self.site.special_tokens() if pruner is not None else 0,
+            self.site.special_tokens() if pruner is not None or start is not None else 0,
             lambda: getattr(config, "kernel", config._attn_implementation),
             self.site.grid,
             clock,
+            start,
         )
+        if start is not None:
+            encoding.notes.extend(notes)
         as_tuple = kwargs.pop("return_dict", True) is False
         try:
             with clock.span("prefill" if call is None else "encode"):
@@ -210,6 +229,25 @@ class Session:
         else:
             self._local.fresh = [weakref.ref(f) for f in output.pooler_output]
         return output.to_tuple() if as_tuple else output
+
+    def _shrink(self, given: dict) -> tuple[dict, Start | None, list[str]]:
+        """The arguments of `get_image_features` with the pictures scaled down as the strategy says."""
+        pixels, strategy = given["pixel_values"], self.pruner.part("shrink")
+        patch = self.site.patch
+        full = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        count = full[0] * full[1]
+        index = torch.arange(count, device=pixels.device).expand(pixels.shape[0], -1)
+        view = ShrinkView(index=index, sizes=(count,), carry={}, grid=full)
+        grid = strategy.shrink(view)
+        if grid is None or tuple(grid) == full:
+            return given, None, view.notes
+        if not (1 <= grid[0] <= full[0] and 1 <= grid[1] <= full[1]):
+            raise VtpruneError(f"{strategy.name}.shrink returned the grid {grid}; the picture has {full}.")
+        small = torch.nn.functional.interpolate(
+            pixels.float(), size=(grid[0] * patch, grid[1] * patch), mode="bicubic", antialias=True, align_corners=False
+        )
+        given = {**given, "pixel_values": small.to(pixels.dtype), "interpolate_pos_encoding": True}
+        return given, Start.of(full, grid, pixels.device), view.notes
 
     def _hand_on_decisions(self, pixels: torch.Tensor | None, features: list[torch.Tensor]) -> None:
         """Runs without a cache that feed the very same pixels at each step (transformers < 5.18 does) decide once."""
@@ -298,9 +336,10 @@ class Session:
                 "image features were cut up or copied on their way to the decoder (chunked prefill does that), so a token's "
                 "number in its image is lost. Leave prefill_chunk_size unset, or unwrap the model."
             )
-        if self.pruner.part("encode") is not None:
+        within = self.encoder or self.pruner.part("shrink")
+        if within is not None:
             raise UnsupportedError(
-                f"{self.pruner.part('encode').name} works inside the vision encoder, but these image features were computed "
+                f"{within.name} works inside the vision encoder, but these image features were computed "
                 f"elsewhere. Pass pixel_values, or compute them with get_image_features of the wrapped model."
             )
         return new_clock(self.site.base)
@@ -342,7 +381,7 @@ class Session:
             call.clock.stop(call.mark)
         running.remember()
         report = report_of(running)
-        report.notes = self._notes(report)
+        report.notes = [*dict.fromkeys([*report.notes, *self._notes(report)])]
         self._report = report
         return changed
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class Stream:
         visual: LongTensor [B, L], a visual token's number within its sample, -1 for text and padding.
         gone: bool [B, L] or None, visual tokens dropped so far in this pass.
         left: padding side.
+        moved: LongTensor [B, L] or None, where a strategy has rearranged visual tokens: the place that the token now in
+            a fed slot came from.
     """
 
     length: int
@@ -60,6 +62,7 @@ class Stream:
     visual: Tensor
     gone: Tensor | None = None
     left: bool = True
+    moved: Tensor | None = None
     _cache: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -71,6 +74,17 @@ class Stream:
         if key not in self._cache:
             self._cache[key] = make(), alive
         return self._cache[key][0]
+
+    def columns(self) -> Tensor:
+        """LongTensor [B, L], each fed slot's own place."""
+        return torch.arange(self.length, device=self.index.device).expand(self.index.shape[0], -1)
+
+    def rearranged(self, row: int, here: Tensor, there: Tensor) -> Stream:
+        """The stream in which slots `here` of a row hold the tokens that were in slots `there` (a permutation)."""
+        visual, moved = self.visual.clone(), (self.columns() if self.moved is None else self.moved).clone()
+        to, of = self.index[row, here], self.index[row, there]
+        visual[row, to], moved[row, to] = visual[row, of], moved[row, of]
+        return replace(self, visual=visual, moved=moved, _cache={})
 
     @property
     def numbers(self) -> Tensor:
@@ -99,7 +113,8 @@ class Stream:
         gather, valid = compress(alive, self.left)
         gone = torch.zeros_like(self.visual, dtype=torch.bool) if self.gone is None else self.gone.clone()
         gone.scatter_(1, self.index, lost | gone.gather(1, self.index))
-        return Stream(self.length, self.index.gather(1, gather), valid, self.visual, gone, self.left), gather
+        index = self.index.gather(1, gather)
+        return Stream(self.length, index, valid, self.visual, gone, self.left, self.moved), gather
 
     def gap(self) -> Tensor:
         """LongTensor [B, n], how many visual tokens were dropped before each slot."""
@@ -109,10 +124,12 @@ class Stream:
         """Positions of the slots, from the fed tokens' `logical` ones [..., B or 1, L].
 
         Parameters:
-            compact: renumber over what is gone.
+            compact: renumber over what is gone, in the order in which tokens flow; else a token that was moved keeps the
+                position that it had.
             shift: LongTensor [B] or None, what earlier passes over the same cache have already dropped.
         """
-        index = self.index.expand(*logical.shape[:-2], *self.index.shape)
+        index = self.index if compact or self.moved is None else self.moved.gather(1, self.index)
+        index = index.expand(*logical.shape[:-2], *self.index.shape)
         at = logical.expand(*logical.shape[:-2], *self.index.shape[:1], logical.shape[-1]).gather(-1, index)
         if compact and self.gone is not None:
             at = at - self.gap()

@@ -36,6 +36,8 @@ class Family:
         decoder: dotted paths of the language model; its blocks are `decoder_layers` below it.
         rotary: name of the decoder's rotary embedding module.
         special_tokens: vision model type -> tokens before the patches in its sequence (1 for a class token).
+        resizable: vision model types whose position table can be interpolated to a smaller picture.
+        norm, query, key: names of the norm, query and key projections within a decoder block and its `self_attn`.
     """
 
     name: str
@@ -46,6 +48,10 @@ class Family:
     decoder_layers: str = "layers"
     rotary: str = "rotary_emb"
     special_tokens: tuple[tuple[str, int], ...] = (("clip_vision_model", 1), ("siglip_vision_model", 0))
+    resizable: tuple[str, ...] = ("clip_vision_model", "siglip_vision_model")
+    norm: str = "input_layernorm"
+    query: str = "q_proj"
+    key: str = "k_proj"
 
 
 @dataclass
@@ -83,6 +89,23 @@ class Site:
     @property
     def image_token_id(self) -> int:
         return self.base.config.image_token_id
+
+    @property
+    def patch(self) -> int:
+        """Pixels along a patch."""
+        return self.base.config.vision_config.patch_size
+
+    def check_resizable(self) -> None:
+        """Refuse an encoder that cannot take a smaller picture.
+
+        Raises:
+            UnsupportedError: naming those that can.
+        """
+        if self.vision_type not in self.family.resizable:
+            raise UnsupportedError(
+                f"a {self.vision_type!r} vision tower cannot be given a smaller picture here (known: "
+                f"{', '.join(self.family.resizable)}). Use a strategy of another stage."
+            )
 
     def special_tokens(self) -> int:
         """Tokens before the patches in the vision sequence.

@@ -14,6 +14,7 @@ from torch import Tensor
 from vtprune.pruner import (
     Budget,
     BudgetError,
+    Encoder,
     EncodeView,
     Keep,
     Needs,
@@ -109,10 +110,10 @@ class FlowCut(Pruner):
         return later or super().asks_to_prune(sizes)
 
     # Stage V, in the encoder. The feature block is depth - 1; the last cut comes after block depth - 2.
-    def encode_needs(self, depth: int) -> dict[int, Needs]:
-        if depth < 2:
+    def encode_needs(self, encoder: Encoder) -> dict[int, Needs]:
+        if encoder.depth < 2:
             raise BudgetError("FlowCut needs at least two encoder blocks up to the feature block.")
-        return dict.fromkeys(range(depth - 1), Needs(queries="cls", values=True))
+        return dict.fromkeys(range(encoder.depth - 1), Needs(queries="cls", values=True))
 
     def encode(self, view: EncodeView) -> Keep | None:
         target = view.target(self.keep)
