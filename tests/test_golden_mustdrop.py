@@ -12,8 +12,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.cache_utils import DynamicCache
 
 import vtprune
+from vtprune.merge import window_similarity, windows
 from vtprune.pruner import EncodeView, PrefillView, Rows
-from vtprune.strategies.mustdrop import MustDrop, dual_attention, window_similarity, windows
+from vtprune.strategies.mustdrop import MustDrop, dual_attention
 
 PATCHES = 144
 IMAGE = 63  # a word of the golden vocabulary that the prompt does not use; its embedding is replaced

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from models import TOKENS, batch, images, prompt, tiny_llava
 
 import vtprune
+from vtprune.ladder import stage_count
+from vtprune.merge import merge_windows, window_similarity, windows
 from vtprune.pruner import (
     BudgetError,
     DecodeView,
@@ -24,7 +26,8 @@ from vtprune.pruner import (
     UnsupportedError,
     budget_tokens,
 )
-from vtprune.strategies.mustdrop import MustDrop, chosen, merge_windows, stage_count, window_similarity, windows
+from vtprune.select import chosen
+from vtprune.strategies.mustdrop import MustDrop
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

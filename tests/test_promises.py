@@ -443,6 +443,20 @@ def test_second_turn_over_the_same_cache(strategy, attn, positions, second):
     assert two.past_key_values.get_seq_length() == whole.shape[1] + 4
 
 
+@pytest.mark.parametrize("strategy", ["flowcut+fastv+evict", "mustdrop", "evict"])
+@every_kernel
+def test_rows_that_all_share_padding(strategy, attn):
+    """One left-padded row, or several padded alike: the padding is dropped with the tokens, and changes nothing."""
+    model, ids = model_of(attn), prompt(2, "I", 5)
+    pixels = images(1, seed=4)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    padded = {"input_ids": torch.tensor([[0] * 5 + ids]), "attention_mask": torch.tensor([[0] * 5 + [1] * len(ids)])}
+    with vtprune.pruning(model, STRATEGIES[strategy]()):
+        plain = model.generate(input_ids=torch.tensor([ids]), pixel_values=pixels, **options)
+        shifted = model.generate(**padded, pixel_values=pixels, **options)
+    torch.testing.assert_close(torch.stack(shifted.logits), torch.stack(plain.logits), atol=1e-4, rtol=1e-4)
+
+
 @every_kernel
 def test_second_turn_of_a_padded_batch(attn):
     """Left-padded rows of unequal length, chat going on over the same pruned cache."""

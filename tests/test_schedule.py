@@ -19,8 +19,8 @@ from vtprune.schedule import Data, ScheduleError, read, write
 MODEL = Model("some/model", 4, "abc123")
 DATA = Data("questions", 96, "f" * 64)
 VALUES = {
-    "gsearch": {"rates": [1.0, 1, 0.5, 0.25]},
-    "psigmoid": {"steepness": 0.7, "keep": 64},
+    "gsearch": {"rates": [1.0, 1, 0.5, 0.25], "min_layer": 2},
+    "psigmoid": {"steepness": 0.7, "keep": 64, "min_layer": 1},
     "mustdrop": {"global_thr": 0.011, "individual_thr": 0.01, "keep": 0.1, "equivalent_tokens": 63.2},
 }
 
@@ -120,16 +120,22 @@ def test_damaged_files(tmp_path, text, says):
         ({"trace": [1]}, "trace"),
         ({"values": [1]}, "values must be an object"),
         ({"values": {}}, "lacks values.rates"),
-        ({"values": {"rates": [1, 1, 1, 1], "keep": 3}}, "unknown fields values.keep"),
-        ({"values": {"rates": "1111"}}, "values.rates"),
-        ({"values": {"rates": {"0": 1}}}, "values.rates"),
-        ({"values": {"rates": [1, 1, 1]}}, "3 entries for 4"),
-        ({"values": {"rates": [1, 1, 0.5, 0.6]}}, "above the layer before"),
-        ({"values": {"rates": [1.1, 1, 1, 1]}}, "from 0 to 1"),
-        ({"values": {"rates": [1, 1, 1, -0.1]}}, "from 0 to 1"),
-        ({"values": {"rates": [1, 1, 1, None]}}, "rates[3]"),
-        ({"values": {"rates": [1, 1, 1, "0.5"]}}, "rates[3]"),
-        ({"values": {"rates": [1, 1, 1, True]}}, "rates[3]"),
+        ({"values": {"rates": [1, 1, 1, 1], "min_layer": 2, "keep": 3}}, "unknown fields values.keep"),
+        ({"values": {"rates": "1111", "min_layer": 2}}, "values.rates"),
+        ({"values": {"rates": {"0": 1}, "min_layer": 2}}, "values.rates"),
+        ({"values": {"rates": [1, 1, 1], "min_layer": 2}}, "3 entries for 4"),
+        ({"values": {"rates": [1, 1, 0.5, 0.6], "min_layer": 2}}, "above the layer before"),
+        ({"values": {"rates": [1.1, 1, 1, 1], "min_layer": 2}}, "from 0 to 1"),
+        ({"values": {"rates": [1, 1, 1, -0.1], "min_layer": 2}}, "from 0 to 1"),
+        ({"values": {"rates": [1, 1, 1, None], "min_layer": 2}}, "rates[3]"),
+        ({"values": {"rates": [1, 1, 1, "0.5"], "min_layer": 2}}, "rates[3]"),
+        ({"values": {"rates": [1, 1, 1, True], "min_layer": 2}}, "rates[3]"),
+        ({"values": {"rates": [1, 1, 1, 1]}}, "lacks values.min_layer"),
+        ({"values": {"rates": [1, 1, 1, 1], "min_layer": 0}}, "from 1 to 3"),
+        ({"values": {"rates": [1, 1, 1, 1], "min_layer": 4}}, "from 1 to 3"),
+        ({"values": {"rates": [1, 1, 1, 1], "min_layer": 2.0}}, "values.min_layer"),
+        ({"values": {"rates": [1, 1, 1, 1], "min_layer": True}}, "values.min_layer"),
+        ({"values": {"rates": [1, 1, 1, 1], "min_layer": None}}, "values.min_layer"),
         ({"extra": 1}, "unknown fields extra"),
     ],
 )
@@ -150,6 +156,9 @@ def test_missing_fields(tmp_path, name):
         ("psigmoid", "steepness", 0),
         ("psigmoid", "steepness", -1.0),
         ("psigmoid", "steepness", "1"),
+        ("psigmoid", "steepness", 100.1),
+        ("psigmoid", "min_layer", 0),
+        ("psigmoid", "min_layer", None),
         ("psigmoid", "keep", 0),
         ("psigmoid", "keep", 1.5),
         ("psigmoid", "keep", True),
@@ -185,9 +194,9 @@ def test_places_that_hold_no_file(tmp_path):
 
 def test_nothing_bad_is_written(tmp_path):
     path = tmp_path / "found.json"
-    for values in ({"rates": [1, 1, 1, math.nan]}, {"rates": [1, 1, 0.2, 0.3]}, {"rates": [1, 1]}):
-        with pytest.raises(ScheduleError):
-            write(path, "gsearch", MODEL, DATA, values)
+    for rates in ([1, 1, 1, math.nan], [1, 1, 0.2, 0.3], [1, 1]):
+        with pytest.raises(ScheduleError, match=r"values\.rates"):
+            write(path, "gsearch", MODEL, DATA, {"rates": rates, "min_layer": 2})
     with pytest.raises(ScheduleError, match="Shorten"):
         write(path, "gsearch", MODEL, DATA, VALUES["gsearch"], [{"text": "x" * schedule.MAX_BYTES}])
     with pytest.raises(ScheduleError, match="cannot write"):
@@ -205,7 +214,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(schedule.os, "replace", full)
     with pytest.raises(ScheduleError, match="No space left"):
-        write(path, "gsearch", MODEL, DATA, {"rates": [1, 1, 1, 1]})
+        write(path, "gsearch", MODEL, DATA, {"rates": [1, 1, 1, 1], "min_layer": 2})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["found.json"]
 

@@ -16,7 +16,8 @@ import vtprune
 from vtprune import schedule
 from vtprune.ladder import cut_layers, spend, whole
 from vtprune.pruner import BudgetError, Model, Needs, PrefillView, Rows, UnsupportedError
-from vtprune.strategies.gsearch import GSearch, row_mean
+from vtprune.select import row_mean
+from vtprune.strategies.gsearch import GSearch
 from vtprune.strategies.psigmoid import PSigmoid, midpoint, sigmoid_counts, sigmoid_curve, sigmoid_cuts
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)
@@ -270,7 +271,7 @@ def test_gsearch_refuses_another_depth():
         strategy.prefill_needs(8)
     with pytest.raises(UnsupportedError, match="4 entries"):
         strategy.check_model(Model("m", 8, "f"))
-    with pytest.raises(BudgetError, match=r"min_layer=4: must lie in 1 \.\. 3"):
+    with pytest.raises(BudgetError, match=r"min_layer=4: give an int in \[1, 3\] for this decoder"):
         GSearch(rates=(1.0,) * 4, min_layer=4).prefill_needs(4)
 
 
@@ -376,8 +377,8 @@ DATA = schedule.Data("questions", 64, "0" * 64)
 
 @pytest.fixture
 def files(tmp_path):
-    schedule.write(tmp_path / "g.json", "gsearch", FITTED, DATA, {"rates": [1.0, 1.0, 0.5, 0.25]})
-    schedule.write(tmp_path / "p.json", "psigmoid", FITTED, DATA, {"steepness": 1.25, "keep": 0.6})
+    schedule.write(tmp_path / "g.json", "gsearch", FITTED, DATA, {"rates": [1.0, 1.0, 0.5, 0.25], "min_layer": 2})
+    schedule.write(tmp_path / "p.json", "psigmoid", FITTED, DATA, {"steepness": 1.25, "keep": 0.6, "min_layer": 1})
     return tmp_path
 
 
@@ -396,9 +397,29 @@ def test_psigmoid_from_a_file_where_fields_win(files):
     assert (strategy.steepness, strategy.keep, strategy.fitted) == (1.25, 0.6, FITTED)
     assert PSigmoid.load(files / "p.json", keep=9, steepness=2).settings() == {
         **{"name": "psigmoid", "keep": 9, "steepness": 2.0, "schedule": str(files / "p.json"), "query_scope": "text"},
-        **{"max_cuts": 6, "min_layer": 2, "fitted": "some/model"},
+        **{"max_cuts": 6, "min_layer": 1, "fitted": "some/model"},
     }
-    assert (PSigmoid().keep, PSigmoid().steepness) == (0.5, 0.5)
+    assert (PSigmoid().keep, PSigmoid().steepness, PSigmoid().min_layer) == (0.5, 0.5, 2)
+
+
+def test_the_first_layer_that_may_cut_is_the_files_unless_given(files):
+    searched = PSigmoid.load(files / "p.json", max_cuts=None)
+    assert searched.min_layer == 1 and min(searched.prefill_needs(4)) == 1
+    assert PSigmoid.load(files / "p.json", min_layer=3).min_layer == 3
+    schedule.write(files / "g.json", "gsearch", FITTED, DATA, {"rates": [1.0, 0.75, 0.5, 0.25], "min_layer": 1})
+    assert cascade(GSearch.load(files / "g.json"), 4, 40) == [40, 30, 20, 10]
+    assert cascade(GSearch.load(files / "g.json", min_layer=2), 4, 40) == [40, 40, 20, 10]
+    assert cascade(GSearch(rates=(1.0, 0.75, 0.5, 0.25)), 4, 40) == [40, 40, 20, 10]  # without a file: 2
+
+
+@pytest.mark.parametrize("rates", [[1.0, 1.0, 0.5, 0.0], [1, 1, 0, 0], [0.0] * 4])
+def test_a_rate_of_nothing_in_a_file_leaves_one_token(files, rates):
+    schedule.write(files / "g.json", "gsearch", FITTED, DATA, {"rates": rates, "min_layer": 2})
+    wanted = [40, 40, max(1, round(rates[2] * 40)), 1]
+    strategy = GSearch.load(files / "g.json")
+    assert strategy.asks_to_prune((40,)) and not strategy.asks_to_prune((1,))
+    assert cascade(strategy, 4, 40) == cascade(GSearch(rates=tuple(rates)), 4, 40) == wanted
+    assert sum(cascade(GSearch.load(files / "g.json", keep=30), 4, 40)) == 30 * 4
 
 
 def test_another_kind_or_no_file_is_refused(files):

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from models import TOKENS, batch, images, prompt, tiny_llava
 
 import vtprune
+from vtprune.merge import cluster_means, dpc_knn
 from vtprune.pruner import BudgetError, Inputs, Needs, PrefillView, Rows
+from vtprune.select import row_mean
 from vtprune.strategies.sparsevlm import (
     PUBLISHED,
     SparseVLM,
-    cluster_means,
-    dpc_knn,
-    rated_score,
     raters,
     scaled_counts,
 )
@@ -98,7 +97,7 @@ def test_equal_text_tokens_are_all_raters_and_no_text_has_none():
 def test_score_is_the_mean_over_heads_and_raters():
     view = make_view(3, 32, 12, items=2)
     chosen = raters(view.inputs, view.rows.valid)
-    score = rated_score(view.rows, chosen)
+    score = row_mean(view.rows, chosen)
     logits, lse = view.rows.logits.double(), view.rows.lse.double()
     for b in range(2):
         picked = chosen[b].nonzero().flatten().tolist()
@@ -271,7 +270,7 @@ def test_answer(dtype):
     view = make_view(3, 32, 60, items=2, dtype=dtype)
     keep = SparseVLM(counts=(20, 10, 5)).prefill(view)
     chosen = raters(view.inputs, view.rows.valid)
-    score = rated_score(view.rows, chosen)
+    score = row_mean(view.rows, chosen)
     assert keep.ordered and keep.indices.shape == (2, 22) and keep.hidden.shape == (2, 22, 8) and keep.hidden.dtype == dtype
     for b in range(2):
         ranked = sorted(range(60), key=lambda i: (-score[b, i].item(), i))

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vtprune.pruner import BudgetError, Encoder, EncodeView, Needs, Rows, budget_tokens
-from vtprune.strategies.visionzip import VisionZip, assign, targets_at, without
+from vtprune.select import without
+from vtprune.strategies.visionzip import VisionZip, assign, targets_at
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 WIDTH = 5

@@ -37,6 +37,12 @@ def pictures() -> dict[str, Path]:
     return {path.stem: path for path in sorted((assets() / "pictures").glob("*.png"))}
 
 
+def schedules() -> dict[str, Path]:
+    """Schedules that were searched on the embedded model, by strategy."""
+    found = sorted((assets() / "schedules").glob(f"{TINY}.*.json"))
+    return {path.name.split(".")[1]: path for path in found}
+
+
 def configs() -> dict[str, Path]:
     """The model configurations for weight-free benchmarks, by name."""
     return {path.stem: path for path in sorted((assets() / "configs").glob("*.json"))}

@@ -6,10 +6,21 @@ All of it is plain Python on as many numbers as there are layers; callers cache 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 from vtprune.pruner import BudgetError
+
+
+def check_layers(layers: Any, last: int) -> tuple[int, ...]:
+    """`layers`, which must be ints that rise within 0 .. `last`, numbered as in the papers' decoder of 32."""
+    given = tuple(layers) if isinstance(layers, Sequence) else ()
+    ints = all(isinstance(x, numbers.Integral) and not isinstance(x, bool) and 0 <= x <= last for x in given)
+    if not given or not ints or list(given) != sorted(set(given)):
+        raise BudgetError(f"layers={layers!r}: give ascending, distinct ints in 0 .. {last}, for a decoder of 32 layers.")
+    return tuple(int(x) for x in given)
 
 
 @lru_cache(maxsize=4096)
@@ -132,3 +143,33 @@ def _near(
                     after[key] = new
         found = after
     return min((abs(spent - total), *rest) for (spent, _), rest in found.items())
+
+
+def stage_count(
+    target: int, computed: tuple[int, ...], cuts: list[int], depth: int, later: float, least: int, other: str = ""
+) -> int:
+    """Tokens to leave at the next cut, for a mean over `depth` layers within 0.5 of `target`.
+
+    For cuts at which not every count is free, so that it cannot be said beforehand (`spend` does). Every further cut is
+    meant to leave `later` of the one before; each cut solves for what is left to spend, so that rounding at one is made
+    good at the next.
+
+    Parameters:
+        computed: tokens that each layer before this cut computed on; cuts: layers before which this cut and the further
+            ones come; least: tokens that no cut may drop (at least 1); other: what else the user can do, if not even
+            they fit.
+    Raises:
+        BudgetError: if not even `least` tokens from here on meet the target.
+    """
+    spans = [end - start for start, end in zip(cuts, [*cuts[1:], depth], strict=True)]
+    left = target * depth - sum(computed)
+    if least * sum(spans) - left > depth / 2:
+        need = math.ceil((sum(computed) + least * sum(spans)) / depth)
+        raise BudgetError(
+            f"keep: {target} visual tokens, as the mean over {depth} decoder layers, cannot be reached: the {len(computed)} "
+            f"layers before the first cut alone cost {sum(computed) / depth:.1f}, and {least} tokens must stay after it. "
+            f"Raise keep to at least {need}, or cut earlier (layers){other}."
+        )
+    share = left / sum(span * later**i for i, span in enumerate(spans))
+    room = (left - least * sum(spans[1:])) / spans[0]
+    return max(least, min(computed[-1], round(share), round(room)))

@@ -356,6 +356,22 @@ class Pruner:
     def __post_init__(self) -> None:
         self.keep = check_budget(self.keep)
 
+    def check_fields(self, integer: bool = False, why: str = "", **intervals: str) -> None:
+        """Refuse fields that are no number in an interval, written as in maths: `momentum="[0, 1)"` has 0 and not 1.
+
+        Parameters:
+            integer: whether they have to be integers; why: appended to the message.
+        Raises:
+            BudgetError: also for a bool, NaN, and anything that is no number.
+        """
+        kind, what = (numbers.Integral, "an int") if integer else (numbers.Real, "a number")
+        for name, interval in intervals.items():
+            value = getattr(self, name)
+            low, high = map(float, interval[1:-1].split(","))
+            inside = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+            if not inside or (value == low and interval[0] == "(") or (value == high and interval[-1] == ")"):
+                raise BudgetError(f"{name}={value!r}: give {what} in {interval}{why}.")
+
     def stages(self) -> tuple[str, ...]:
         """The stages that this instance claims, in running order."""
         return tuple(s for s in STAGES if getattr(type(self), s) is not getattr(Pruner, s))

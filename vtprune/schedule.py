@@ -23,10 +23,12 @@ FORMAT, VERSION = "vtprune-schedule", 1
 KINDS = ("gsearch", "psigmoid", "mustdrop")
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 1000
+# of PSigmoid
+MAX_STEEPNESS = 100.0
 _FIELDS = ("format", "version", "kind", "model", "data", "date", "vtprune", "command", "values", "trace")
 _VALUES = {
-    "gsearch": ("rates",),
-    "psigmoid": ("steepness", "keep"),
+    "gsearch": ("rates", "min_layer"),
+    "psigmoid": ("steepness", "keep", "min_layer"),
     "mustdrop": ("global_thr", "individual_thr", "keep", "equivalent_tokens"),
 }
 
@@ -54,8 +56,9 @@ class Stored:
 
     Parameters:
         kind: of `KINDS`; model: what it was fitted to; data: on which questions.
-        values: gsearch: `rates`, the share of visual tokens that each decoder layer computes on. psigmoid: `steepness`
-            and `keep`. mustdrop: `global_thr`, `individual_thr`, the budget `keep` they were fitted to and the
+        values: gsearch: `rates`, the share of visual tokens that each decoder layer computes on (0 leaves one token), and
+            `min_layer`, the first layer that was allowed fewer tokens than there are. psigmoid: `steepness`, `keep` and
+            `min_layer`. mustdrop: `global_thr`, `individual_thr`, the budget `keep` they were fitted to and the
             `equivalent_tokens` they reached.
         trace: the trials, for readers; nothing is computed from it.
         date, vtprune, command: when, by which version and by what it was made.
@@ -243,14 +246,14 @@ def _gsearch(values: dict[str, Any], depth: int, name: str) -> dict[str, Any]:
                 f"{name}: values.rates[{at}] = {found[at]} is above the layer before ({found[at - 1]}); tokens that left "
                 f"cannot come back, so rates may only fall."
             )
-    return {"rates": found}
+    return {"rates": found, "min_layer": _min_layer(values, depth, name)}
 
 
 def _psigmoid(values: dict[str, Any], depth: int, name: str) -> dict[str, Any]:
-    steepness = _number(values["steepness"], 0.0, math.inf, "values.steepness", name)
+    steepness = _number(values["steepness"], 0.0, MAX_STEEPNESS, "values.steepness", name)
     if steepness == 0:
         raise ScheduleError(f"{name}: values.steepness = 0 makes a flat curve; it must be positive.")
-    return {"steepness": steepness, "keep": _keep(values, name)}
+    return {"steepness": steepness, "keep": _keep(values, name), "min_layer": _min_layer(values, depth, name)}
 
 
 def _mustdrop(values: dict[str, Any], depth: int, name: str) -> dict[str, Any]:
@@ -270,6 +273,11 @@ def _keep(values: dict[str, Any], name: str) -> int | float:
         return check_budget(values["keep"], "values.keep")
     except BudgetError as error:
         raise ScheduleError(f"{name}: {error}") from error
+
+
+def _min_layer(values: dict[str, Any], depth: int, name: str) -> int:
+    # a decoder of one layer has nothing to cut, and its file may still say so
+    return _integer(values["min_layer"], 1, max(1, depth - 1), "values.min_layer", name)
 
 
 def _part(content: dict[str, Any], key: str, keys: tuple[str, ...], name: str) -> dict[str, Any]:

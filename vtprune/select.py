@@ -1,4 +1,4 @@
-"""Selection maths that more than one paper uses: pure functions on tensors, nothing else."""
+"""Selection maths that more than one paper uses: pure functions on tensors, nothing else (`Rows` and `Keep` hold tensors)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from vtprune.pruner import Keep, Rows
+
+
+def ranked(scores: Tensor) -> Tensor:
+    """LongTensor [B, N]: indices from the highest score to the lowest; ties to the lower index, NaN last.
+
+    Parameters:
+        scores: [B, N], any float dtype; compared in fp32.
+    """
+    scores = torch.nan_to_num(scores.float(), nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    # a stable sort, not topk: topk leaves the order of equal scores to the kernel, hence to device and batch
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
 def top(scores: Tensor, k: int) -> Tensor:
@@ -17,17 +30,46 @@ def top(scores: Tensor, k: int) -> Tensor:
     Returns:
         LongTensor [B, k].
     """
-    scores = torch.nan_to_num(scores.float(), nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    # a stable sort, not topk: topk leaves the order of equal scores to the kernel, hence to device and batch
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[..., :k].sort(-1).values
+    return ranked(scores)[..., :k].sort(-1).values
 
 
 def top_ragged(scores: Tensor, counts: list[int]) -> list[Tensor]:
     """As `top`, with a count of its own for each row."""
-    scores = torch.nan_to_num(scores.float(), nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return [row[:k].sort().values for row, k in zip(order, counts, strict=True)]
+    return [row[:k].sort().values for row, k in zip(ranked(scores), counts, strict=True)]
+
+
+def chosen(mask: Tensor) -> Keep | None:
+    """The tokens marked in a bool [B, N], None if all are."""
+    counts = mask.sum(1).tolist()  # decides shapes
+    if min(counts) == mask.shape[1]:
+        return None
+    return Keep([row[:n] for row, n in zip(ranked(mask), counts, strict=True)])
+
+
+def marked(indices: Tensor, tokens: int) -> Tensor:
+    """[B, tokens] bool, True at `indices` [B, K]."""
+    return torch.zeros(indices.shape[0], tokens, dtype=torch.bool, device=indices.device).scatter_(1, indices, True)
+
+
+def without(taken: Tensor, tokens: int) -> Tensor:
+    """LongTensor [B, tokens - K]: ascending, the indices of 0 .. tokens - 1 that are not in `taken` [B, K] (distinct)."""
+    return ranked(~marked(taken, tokens))[:, : tokens - taken.shape[1]]
+
+
+def at(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, index[b]] for x [B, N, C] and index [B, K]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def row_mean(rows: Rows, of: Tensor | None = None) -> Tensor:
+    """[B, N] fp32 attention, the mean over heads and over the query rows `of` [B, R] bool; zero where there is none.
+
+    Parameters:
+        of: some of the real rows; None for all of them.
+    """
+    of = rows.valid if of is None else of
+    attention = rows.attention().mean(1).masked_fill(~of[..., None], 0.0)
+    return attention.sum(1) / of.sum(-1, keepdim=True).clamp(min=1)
 
 
 def spread(tokens: int, k: int, device: torch.device | None = None) -> Tensor:

@@ -14,7 +14,6 @@ import os
 import platform
 import shlex
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -26,32 +25,16 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vtprune
+from evaluations.tiny.asking import CHECKPOINT, GRADED, Asked, answers, batch, load, pictures, write
 from evaluations.tiny.oracle import Oracle
-from evaluations.worlds import GRID, PATCH, TYPES, Question, Scene, make_scene
+from evaluations.worlds import GRID, PATCH, TYPES
 from vtprune.pruner import BudgetError, Pruner
 
-CHECKPOINT = Path(__file__).resolve().parents[2] / "assets" / "tiny-llava"
-GRADED = tuple(t for t in TYPES if t != "reading")
 BUDGETS = (192, 128, 64, 32)
 # the rows that the model's bars are about
 BARS = {("unpruned", 576), ("noise", 576), ("oracle", 64), ("random", 64), ("random", 32)}
-PER_PICTURE = 8
-
-
-@dataclass
-class Asked:
-    """A picture with its questions."""
-
-    scene: Scene
-    image: Image.Image
-    questions: list[Question]
-
-    def wanted(self, question: Question) -> list[int]:
-        """Patches the oracle keeps: the objects', and the word's where it is asked for."""
-        return [*self.scene.object_patches(), *(self.scene.word_patches() if question.type == "reading" else ())]
 
 
 @dataclass
@@ -66,20 +49,6 @@ class Row:
     hits: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
     tokens: list[float] = field(default_factory=list)
     refused: str = ""
-
-
-def pictures(questions: int, split: str = "test") -> list[Asked]:
-    """Pictures of `split` with at least so many questions, not counting those about a printed word."""
-    found: list[Asked] = []
-    total = 0
-    while total < questions:
-        scene = make_scene(len(found), split)
-        asked = scene.questions(PER_PICTURE, types=GRADED, salt=99)
-        total += len(asked)
-        if scene.word is not None:
-            asked += scene.questions(1, types=("reading",), salt=99)
-        found.append(Asked(scene, scene.image(), asked))
-    return found
 
 
 def rows() -> list[Row]:
@@ -98,24 +67,6 @@ def rows() -> list[Row]:
     return made
 
 
-@torch.inference_mode()
-def answers(model, processor, asked: Asked, image: Image.Image) -> list[str]:
-    """Greedy answers to all questions about a picture, in one batch."""
-    prompts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}], add_generation_prompt=True
-        )
-        for q in asked.questions
-    ]
-    inputs = processor(images=[image] * len(prompts), text=prompts, return_tensors="pt", padding=True)
-    pixels = inputs.pop("pixel_values")[:1].to(model.dtype)
-    features = model.model.get_image_features(pixels, return_dict=True)
-    features.pooler_output = list(features.pooler_output) * len(prompts)
-    out = model.generate(**inputs, mm_encoder_outputs={"image": features}, max_new_tokens=8, do_sample=False)
-    texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [t.strip() for t in texts]
-
-
 def measure(folder: Path, questions: int, only: set[str] | None = None, few: int = 0) -> dict:
     """All rows over the same pictures.
 
@@ -123,8 +74,7 @@ def measure(folder: Path, questions: int, only: set[str] | None = None, few: int
         folder: the checkpoint. questions: at least so many, reading not counted. only: names of rows.
         few: rows outside `BARS` use only so many questions (0: all).
     """
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    model, processor = load(folder)
     asked = pictures(questions)
     enough, total = 0, 0
     while few and total < few and enough < len(asked):
@@ -152,17 +102,17 @@ def measure(folder: Path, questions: int, only: set[str] | None = None, few: int
 
 
 def _ask(model, processor, row: Row, one: Asked, at: int) -> None:
-    image = one.image
+    image = None
     if row.noise:
         noise = np.random.default_rng([9, one.scene.seed]).integers(0, 256, (GRID * PATCH, GRID * PATCH, 3), dtype=np.uint8)
         image = Image.fromarray(noise)
-    pruner = row.build(one, at)
+    pruner, asked = row.build(one, at), batch(model, processor, one, image)
     if pruner is None:
-        said = answers(model, processor, one, image)
+        said = answers(model, processor, asked)
     else:
         try:
             with vtprune.pruning(model, pruner, positions=row.positions) as session:
-                said = answers(model, processor, one, image)
+                said = answers(model, processor, asked)
             row.tokens.append(session.report.equivalent_tokens)
         except BudgetError as error:
             row.refused = str(error)
@@ -268,15 +218,6 @@ def write_card(path: Path, result: dict) -> None:
     else:
         text = text.rstrip() + "\n\n" + section(result) + "\n"
     write(path, text)
-
-
-def write(path: Path, text: str) -> None:
-    """Atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".part", encoding="utf-8") as part:
-        part.write(text)
-    Path(part.name).chmod(0o644)
-    os.replace(part.name, path)
 
 
 def main() -> None:

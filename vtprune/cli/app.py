@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from vtprune.cli import searching
 from vtprune.cli.console import (
     UserError,
     assignments,
@@ -34,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(searching.app, name="search")
 
 Picture = Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file, or the name of a shipped one (scene-0).")]
 Question = Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")]
@@ -69,7 +72,7 @@ def ask(
 ) -> None:
     """Ask a question about a picture with a pruned model; print the answer and what pruning saved."""
     with mistakes():
-        made = None if pruner == "none" else strategy(pruner, budget(keep), assignments(set_ or []))
+        made = None if pruner == "none" else strategy(pruner, budget(keep), assignments(set_ or []), _schedules(model))
         if made is None and set_:
             raise UserError("--set needs a strategy; --pruner none has no fields.")
         from vtprune.cli import running
@@ -126,7 +129,7 @@ def compare(
 
         share_of = budget(keep)
         names = list(dict.fromkeys(pruner or available()))
-        made = {name: strategy(name, share_of, {}) for name in names if name != "none"}
+        made = {name: strategy(name, share_of, {}, _schedules(model)) for name in names if name != "none"}
         from vtprune.cli import comparing, running
 
         images = running.read_images([image])
@@ -182,7 +185,8 @@ def list_(as_json: AsJson = False) -> None:
         for row in rows:
             name = row["name"] + (f" ({row['package']})" if row["package"] else "")
             needs, year = ", ".join(row["needs"]) or "-", str(row["year"] or "-")
-            table.add_row(escape(name), ", ".join(row["stages"]), row["positions"], needs, escape(row["paper"].replace(f" {year})", ")")), year)
+            paper = row["paper"].replace(f" {year})", ")")
+            table.add_row(escape(name), ", ".join(row["stages"]), row["positions"], needs, escape(paper), year)
         out().print(table)
 
 
@@ -193,9 +197,11 @@ def bench(
     keep: Annotated[list[str] | None, typer.Option(help="Budget. Repeatable. Default: 64 and 128.")] = None,
     pruner: Annotated[list[str] | None, typer.Option(help="A strategy. Repeatable. Default: flowcut.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of all strategies. Repeatable.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per forward, one picture each.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per forward.")] = 1,
+    images: Annotated[int, typer.Option(min=1, help="Pictures per sample; a budget is per picture.")] = 1,
     text_tokens: Annotated[int, typer.Option(min=2, help="Prompt tokens besides the picture's.")] = 60,
     decode_steps: Annotated[int, typer.Option(min=0, help="Decode steps to time after each prefill.")] = 4,
+    all_: Annotated[bool, typer.Option("--all/--no-all", help="Also time each strategy keeping everything.")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; every case runs once a round.")] = 5,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before them that do not count.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own choice.")] = None,
@@ -214,7 +220,7 @@ def bench(
         fields = assignments(set_ or [])
         from vtprune.measure.bench import cases_for
 
-        cases = cases_for(pruner or ["flowcut"], keeps, lambda name, keep: strategy(name, keep, fields))
+        cases = cases_for(pruner or ["flowcut"], keeps, lambda name, keep: strategy(name, keep, fields), all_)
         import torch
 
         from vtprune.cli import running
@@ -226,13 +232,14 @@ def bench(
             torch.set_num_threads(threads)
         with err().status("making random weights"):
             model = benching.build(path, layers, kind, place, attn, seed)
-        inputs = benching.make_inputs(model, batch, text_tokens, seed)
+        inputs = benching.make_inputs(model, batch, text_tokens, seed, images)
         rows = _timed_rows(model, inputs, cases, repeats, warmup, decode_steps)
         depth = model.config.text_config.num_hidden_layers
         setting = {
             "config": config,
             "decoder_layers": depth,
             "batch": batch,
+            "images": images,
             "text_tokens": text_tokens,
             "dtype": str(kind).removeprefix("torch."),
             "attn": attn,
@@ -284,6 +291,13 @@ def _timed_rows(model, inputs, cases, repeats: int, warmup: int, decode_steps: i
             progress.advance(task)
 
         return measure(model, inputs, cases, repeats, warmup, decode_steps, tick)
+
+
+def _schedules(model: str | None) -> dict[str, Path]:
+    """What was searched on the model to be loaded, as far as it travels with vtprune."""
+    from vtprune import embedded
+
+    return embedded.schedules() if model is None else {}
 
 
 def _fit(processor) -> str:
@@ -366,7 +380,7 @@ def _setting_line(setting: dict[str, Any]) -> str:
     s = setting
     parts = (
         f"{s['config']}, random weights, {s['decoder_layers']} decoder layers, batch {s['batch']}, "
-        f"{s['text_tokens']} text tokens, {s['dtype']}, {s['attn']};",
+        f"{s['images']} picture(s) each, {s['text_tokens']} text tokens, {s['dtype']}, {s['attn']};",
         f"medians of {s['repeats']} interleaved rounds; selection as share of unpruned prefill.",
         f"{s['device']}, {s['threads']} threads, torch {s['torch']}, transformers {s['transformers']}, vtprune {s['vtprune']},",
         f"{s['date']}.",

@@ -8,9 +8,10 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import typer
@@ -105,15 +106,21 @@ def _literal(text: str) -> Any:
         return text
 
 
-def strategy(name: str, keep: int | float, fields: dict[str, Any]):
+def strategy(name: str, keep: int | float, fields: dict[str, Any], schedules: Mapping[str, Path] = MappingProxyType({})):
     """The strategy as `vtprune.create` makes it, with the user's mistakes as `UserError`.
 
+    Parameters:
+        schedules: files for strategies that follow one, by name, used where `fields` give neither schedule nor rates.
     Raises:
         UserError, UnknownStrategyError, BudgetError.
     """
     from vtprune.pruner import VtpruneError
     from vtprune.registry import UnknownStrategyError, create
 
+    given = {key.replace("__", ".").rpartition(".")[2] for key in fields}
+    for part in (part.strip() for part in name.split("+")):
+        if part in schedules and not given & {"schedule", "rates"}:
+            fields = {**fields, f"{part}.schedule": str(schedules[part])}
     try:
         return create(name, **{"keep": keep, **fields})
     except (VtpruneError, UnknownStrategyError):

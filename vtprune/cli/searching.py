@@ -56,7 +56,7 @@ def gsearch(
     out_file: Out,
     model: Model = None,
     tolerance: Annotated[float, typer.Option(help="Relative loss allowed, of accuracy and of answer probability.")] = 0.01,
-    confidence: Annotated[float, typer.Option(help="Of the loss being within it; 0.5 looks at the mean alone.")] = 0.5,
+    confidence: Annotated[float, typer.Option(help="Of the loss being within it; 0.5 looks at the mean alone.")] = 0.95,
     method: Annotated[str, typer.Option(help="bisect, or bo (Bayesian optimisation, needs optuna).")] = "bisect",
     trials: Annotated[int, typer.Option(min=1, help="Most trials per layer.")] = 8,
     grid: Annotated[int, typer.Option(min=2, help="Rates are multiples of 1/GRID.")] = 32,
@@ -103,7 +103,7 @@ def gsearch(
             found = searching.search(evaluate, proxy.full, job.identity.depth, settings, watch)
             show(len(layers) * most, "confirming")
             accuracy = proxy.generate(GSearch(rates=found.rates, min_layer=min_layer))[1]
-        job.write("gsearch", {"rates": list(found.rates)}, found.trace)
+        job.write("gsearch", {"rates": list(found.rates), "min_layer": min_layer}, found.trace)
         journal.remove()
         table = _table("layer", "keep")
         for layer, rate in enumerate(found.rates):
@@ -113,7 +113,6 @@ def gsearch(
         _line(f"accuracy {_accuracy(proxy, accuracy)}")
         if accuracy < (1 - tolerance) * proxy.full.accuracy - 1e-9:
             _note("with GSearch's own max_cuts this loses more than the tolerance; use max_cuts=None with this schedule.")
-        _remind("GSearch", min_layer, GSearch.min_layer)
         if found.verdict is None:
             _note("no layer could do with fewer tokens; a higher --tolerance, or more questions, may help.")
         _line(f"wrote {out_file}")
@@ -148,6 +147,7 @@ def psigmoid(
         first = None if start is None else searching.fit(schedule.read(start, "gsearch").values["rates"])
         optuna()
         job = _Job.start(data, questions, out_file, model, device, dtype, attn, trust_remote_code)
+        searching.check(share, job.identity.depth, min_layer)
         options = {"keep": share, "trials": trials, "start": first, "seed": seed, "min_layer": min_layer}
         options |= {"batch": batch, "max_new_tokens": max_new_tokens}
         journal = job.journal("psigmoid", options, fresh)
@@ -164,14 +164,13 @@ def psigmoid(
                 show(trial - 1, f"trial {trial} of {trials}, steepness {steepness:g}")
 
             found = searching.search(evaluate, proxy.full, trials, seed, first, watch)
-        job.write("psigmoid", {"steepness": found.steepness, "keep": share}, found.trace)
+        job.write("psigmoid", {"steepness": found.steepness, "keep": share, "min_layer": min_layer}, found.trace)
         journal.remove()
         table = _table("steepness", "log-probability", "agreement", "accuracy")
         for trial in sorted(found.trace, key=lambda t: -t["gain"])[:5]:
             cells = (f"{trial['gain']:+.4f}", f"{100 * trial['agreement']:.1f} %", f"{100 * trial['accuracy']:.1f} %")
             table.add_row(f"{trial['steepness']:g}", *cells)
         out().print(table)
-        _remind("PSigmoid", min_layer, PSigmoid.min_layer)
         _line(f"steepness {found.steepness:g} at keep {keep}; accuracy {_accuracy(proxy, found.outcome.accuracy)}")
         _line(f"wrote {out_file}")
 
@@ -317,7 +316,9 @@ class _Job:
         from vtprune import schedule
 
         command = shlex.join(["vtprune", *sys.argv[1:]])
-        schedule.write(self.out, kind, self.identity, self.calibration.data, values, trace, command)
+        # more digits than questions can tell apart make a file that nobody reads
+        short = [{k: round(v, 6) if isinstance(v, float) else v for k, v in trial.items()} for trial in trace]
+        schedule.write(self.out, kind, self.identity, self.calibration.data, values, short, command)
 
 
 @contextmanager
@@ -351,12 +352,6 @@ def _table(*heads: str) -> Table:
     for head in heads:
         table.add_column(head, justify="right")
     return table
-
-
-def _remind(strategy: str, min_layer: int, default: int) -> None:
-    """A schedule does not hold this field."""
-    if min_layer != default:
-        _note(f"load this schedule with {strategy}.load(path, min_layer={min_layer}).")
 
 
 def _line(text: str) -> None:

@@ -401,10 +401,7 @@ class Pass:
 
     def _cut(self, layer: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Ask `prefill` what goes on from `layer`; returns the hidden states that do."""
-        if self.replays is not None:
-            choices = self._replayed(layer)
-        else:
-            choices = self._ask_prefill(layer, hidden, kwargs)
+        choices = self._replayed(layer) if self.replays is not None else self._ask_prefill(layer, hidden, kwargs)
         counts, slots, _ = self.stream.visual_slots()
         lost = torch.zeros(self.stream.index.shape, dtype=torch.bool, device=hidden.device)
         some, copied = False, False
@@ -598,6 +595,9 @@ class Pass:
     def _settle(self) -> None:
         """From now on every layer of the cache speaks for itself, and none can be cropped into this prompt."""
         for layer, stream in enumerate(self.streams):
+            if layer in self.evicted:  # speaks for itself already, and holds fewer keys than this pass fed
+                self.cache.layers[layer].tail = 0
+                continue
             past, past_valid = self._past(layer, stream)
             valid = join_valid(past_valid, past, stream.valid, stream.index)
             pruned_layer(self.cache, layer, valid).tail = 0

@@ -162,17 +162,19 @@ def build(
     return model.eval()
 
 
-def make_inputs(model: nn.Module, batch: int, text_tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random pictures and prompts for `model`: half the text before the image, half after.
+def make_inputs(model: nn.Module, batch: int, text_tokens: int, seed: int = 0, images: int = 1) -> dict[str, torch.Tensor]:
+    """Random pictures and prompts for `model`: half the text before the images, half after.
 
+    Parameters:
+        images: pictures per sample; 5 make the 2,880 visual tokens of a tiled LLaVA-NeXT input.
     Raises:
-        UnsupportedError: if text_tokens is below 2, batch below 1, or the prompt exceeds the decoder's positions.
+        UnsupportedError: if text_tokens is below 2, batch or images below 1, or the prompt exceeds the decoder's positions.
     """
-    if text_tokens < 2 or batch < 1:
-        raise UnsupportedError(f"batch={batch}, text_tokens={text_tokens}: at least 1 and 2.")
+    if text_tokens < 2 or batch < 1 or images < 1:
+        raise UnsupportedError(f"batch={batch}, images={images}, text_tokens={text_tokens}: at least 1, 1 and 2.")
     config, device = model.config, model.device
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
-    image = (side // patch) ** 2
+    image = images * (side // patch) ** 2
     limit = config.text_config.max_position_embeddings
     if image + text_tokens >= limit:
         raise UnsupportedError(f"{image} visual + {text_tokens} text tokens do not fit the decoder's {limit} positions.")
@@ -181,7 +183,7 @@ def make_inputs(model: nn.Module, batch: int, text_tokens: int, seed: int = 0) -
     text = torch.randint(0, min(token, config.text_config.vocab_size), (batch, text_tokens), generator=generator)
     before = text_tokens // 2
     ids = torch.cat([text[:, :before], torch.full((batch, image), token), text[:, before:]], 1)
-    pixels = torch.randn(batch, 3, side, side, generator=generator)
+    pixels = torch.randn(batch * images, 3, side, side, generator=generator)
     return {
         "input_ids": ids.to(device),
         "attention_mask": torch.ones_like(ids).to(device),
@@ -296,16 +298,18 @@ def _row(label: str, strategy: str, keep: int | float | None, runs: list[Run], f
     )
 
 
-def cases_for(names: Sequence[str], keeps: Sequence[int | float], create: Callable[..., Pruner]) -> list[Case]:
+def cases_for(
+    names: Sequence[str], keeps: Sequence[int | float], create: Callable[..., Pruner], everything: bool = True
+) -> list[Case]:
     """Each strategy keeping everything, then at each budget.
 
     Parameters:
-        create: (name, keep=...) -> strategy, as `vtprune.create`.
+        create: (name, keep=...) -> strategy, as `vtprune.create`; everything: False leaves the first case out.
     """
     return [
         Case(f"{name} keep={'all' if keep is None else keep}", create(name, keep=1.0 if keep is None else keep))
         for name in names
-        for keep in (None, *keeps)
+        for keep in ((None, *keeps) if everything else keeps)
     ]
 
 

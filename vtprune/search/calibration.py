@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vtprune.api import pruning
+from vtprune.api import _SESSION, pruning
 from vtprune.families import locate
 from vtprune.images import ImageError, open_image
 from vtprune.pruner import Pruner, UnsupportedError, VtpruneError
@@ -213,6 +213,7 @@ class Proxy:
         answers: False leaves the full model alone; then there is `tokens`, but no `full`, `measure` or `generate`.
     Raises:
         CalibrationError: if a picture cannot be opened, or a question holds the image placeholder.
+        UnsupportedError: if the model is wrapped, or its logits are not finite.
     """
 
     def __init__(
@@ -229,6 +230,8 @@ class Proxy:
             raise CalibrationError(f"batch={batch}, max_new_tokens={max_new_tokens}: at least 1.")
         self.model, self.processor, self.questions = model, processor, calibration.questions
         self.site = locate(model)
+        if getattr(self.site.base, _SESSION, None) is not None:
+            raise UnsupportedError("this model is wrapped, but the full model is the yardstick; vtprune.unwrap(model) first.")
         self.max_new_tokens = max_new_tokens
         ends = model.generation_config.eos_token_id
         self.ends = torch.tensor([] if ends is None else ends, dtype=torch.long).reshape(-1).tolist()
@@ -293,7 +296,7 @@ class Proxy:
     # ------------------------------------------------------------------ prompts and pictures
 
     def _batches(self, size: int) -> Iterator[_Batch]:
-        read = lru_cache(maxsize=MAX_IMAGES)(self._open)
+        read = lru_cache(maxsize=4)(open_image)
         token = getattr(self.processor, "image_token", "<image>")
         # questions about the same pictures stand together, so that a picture is encoded for one batch
         order = sorted(range(len(self.questions)), key=lambda i: self.questions[i].images)
@@ -318,9 +321,6 @@ class Proxy:
                     [torch.cat([t[name].new_full((longest - len(t[name]),), self._padding(name)), t[name]]) for t in texts]
                 ).to(self.model.device)
             yield _Batch(rows, padded, [list(self.questions[row].images) for row in rows], extras)
-
-    def _open(self, path: Path) -> Image.Image:
-        return open_image(path)
 
     def _padding(self, name: str) -> int:
         # masked, so any id will do that stands for no picture

@@ -29,6 +29,23 @@ class Found:
     trace: list[dict[str, Any]]
 
 
+def check(keep: int | float, depth: int, min_layer: int) -> None:
+    """Refuse a budget that no steepness reaches, as far as can be said without a picture.
+
+    Raises:
+        SearchError: with the share that does, or with the layers that may be cut.
+    """
+    if depth <= min_layer:
+        raise SearchError(f"min_layer={min_layer}: this decoder has {depth} layers, so no layer is left to prune.")
+    # a share of exactly that leaves the other layers without the one token they keep
+    if isinstance(keep, float) and keep * depth <= min_layer:
+        earlier = "" if min_layer == 1 else ", or let earlier layers prune (min_layer)"
+        raise SearchError(
+            f"keep={keep:g} cannot be reached: layers 0 .. {min_layer - 1} see all visual tokens, which is a share of "
+            f"{min_layer / depth:g} of {depth} layers by itself. Give more than that{earlier}."
+        )
+
+
 def search(
     evaluate: Callable[[float], Outcome],
     full: Outcome,

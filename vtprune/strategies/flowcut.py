@@ -140,8 +140,7 @@ class FlowCut(Pruner):
 
     # Stage L, in the decoder.
     def prefill_needs(self, depth: int) -> dict[int, Needs]:
-        if not 0 <= self.decoder_layer < depth - 1:
-            raise BudgetError(f"decoder_layer={self.decoder_layer}: must lie in 0 .. {depth - 2} for this decoder.")
+        self.check_fields(integer=True, decoder_layer=f"[0, {depth - 2}]", why=" for this decoder")
         return {self.decoder_layer + 1: Needs(queries="last", values=True)}
 
     def prefill(self, view: PrefillView) -> Keep | None:

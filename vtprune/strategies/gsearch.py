@@ -9,54 +9,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
-
+from vtprune.fitted import Scheduled
 from vtprune.ladder import cut_layers, spend
-from vtprune.pruner import (
-    Budget,
-    BudgetError,
-    Keep,
-    Model,
-    Needs,
-    PrefillView,
-    Pruner,
-    Rows,
-    UnsupportedError,
-    check_budget,
-)
-from vtprune.select import top
-
-
-def row_mean(rows: Rows) -> Tensor:
-    """[B, N] fp32 attention, the mean over heads and real query rows; zero where there is no real row."""
-    count = rows.valid.sum(-1).clamp(min=1)
-    return rows.attention().sum((1, 2)) / (count * rows.logits.shape[1])[:, None]
-
-
-def check_schedule(query_scope: str, max_cuts: int | None, min_layer: int) -> None:
-    """Refuse options without meaning, for both strategies that follow a schedule."""
-    if query_scope not in ("text", "last"):
-        raise BudgetError(f"query_scope={query_scope!r}: give 'text' (all text after the image) or 'last' (the last token).")
-    if max_cuts is not None and max_cuts < 1:
-        raise BudgetError(f"max_cuts={max_cuts}: give at least 1, or None for a cut wherever the schedule falls.")
-    if min_layer < 1:
-        raise BudgetError(f"min_layer={min_layer}: the first layer has no attention before it to rank by; give at least 1.")
-
-
-def check_fitted(name: str, fitted: Model | None, model: Model) -> None:
-    """Refuse a model other than the one that a schedule was searched on."""
-    if fitted is None:
-        return
-    if fitted.depth != model.depth:
-        raise UnsupportedError(
-            f"{name}: the schedule was searched on {fitted.name!r} with {fitted.depth} decoder layers, {model.name!r} has "
-            f"{model.depth}. Make one for it with `vtprune search {name}`."
-        )
-    if fitted.fingerprint != model.fingerprint:
-        raise UnsupportedError(
-            f"{name}: the schedule was searched on {fitted.name!r} (fingerprint {fitted.fingerprint}), this is {model.name!r} "
-            f"({model.fingerprint}), other weights. Make one for it with `vtprune search {name}`."
-        )
+from vtprune.pruner import Budget, BudgetError, Keep, Model, Needs, PrefillView, UnsupportedError
+from vtprune.select import row_mean, top
 
 
 @lru_cache(maxsize=4096)
@@ -76,7 +32,7 @@ def searched_counts(rates: tuple[float, ...], cuts: tuple[int, ...], exact: bool
 
 
 @dataclass
-class GSearch(Pruner):
+class GSearch(Scheduled):
     """G-Search (arXiv 2412.00556): layer i goes on with the rates[i] * N tokens that layer i - 1 attended to most.
 
     N is what entered the decoder. Survivors keep their positions. Counts are round(rate * N), at least 1, never rising.
@@ -84,7 +40,7 @@ class GSearch(Pruner):
     or a flat or NaN score, the first tokens stay.
 
     Parameters:
-        rates: keep rate of every decoder layer in 0 .. 1, non-increasing.
+        rates: keep rate of every decoder layer in 0 .. 1, non-increasing; 0 leaves one token.
         schedule: path of a file from `vtprune search gsearch`, in place of `rates`.
         keep: None applies the rates as searched. A budget (ours) scales them by one factor, clipped at 1, so that the
             mean over decoder layers of visual tokens computed on is `keep`.
@@ -93,7 +49,7 @@ class GSearch(Pruner):
         max_cuts: ours, a staircase of at most so many cuts, the nearest in squared error, stands for the rates, as few
             large cuts are faster than many small ones; the mean over layers stays. None: the rates as they are.
         min_layer: first layer whose input may be cut (layer 1's ranking is what the paper finds unreliable); rates before
-            it count as 1.
+            it count as 1. None: the schedule's, or 2 (ours).
         fitted: the model that `schedule` was searched on; read from the file.
     The mean is exact where the stairs' lengths allow it, as they do if rates fall at every layer and `max_cuts=None`; else
     it is at most half a token off, with six cuts seldom more than a tenth.
@@ -107,7 +63,7 @@ class GSearch(Pruner):
     keep: Budget | None = None
     query_scope: str = "text"
     max_cuts: int | None = 6
-    min_layer: int = 2
+    min_layer: int | None = None
     fitted: Model | None = field(default=None, repr=False)
 
     name = "gsearch"
@@ -115,16 +71,10 @@ class GSearch(Pruner):
     positions = "original"
 
     def __post_init__(self) -> None:
-        if self.keep is not None:
-            self.keep = check_budget(self.keep)
-        check_schedule(self.query_scope, self.max_cuts, self.min_layer)
-        given = self.rates
-        if self.schedule is not None:
-            from vtprune.schedule import read  # files and JSON, for this case alone
-
-            self.schedule = str(self.schedule)
-            found = read(self.schedule, self.name)
-            self.rates, self.fitted = found.values["rates"], found.model
+        values, given = self.read_schedule(), self.rates
+        self.take(values, min_layer=2)
+        super().__post_init__()
+        self.rates = values.get("rates", given)
         if self.rates is None:
             return
         self.rates = tuple(float(rate) for rate in self.rates)
@@ -134,11 +84,6 @@ class GSearch(Pruner):
             raise BudgetError(f"rates={self.rates}: give one share in 0 .. 1 per decoder layer.")
         if any(later > rate for rate, later in zip(self.rates, self.rates[1:], strict=False)):
             raise BudgetError(f"rates={self.rates}: they must not rise, as a dropped token does not come back.")
-
-    @classmethod
-    def load(cls, path: str, **fields: Any) -> GSearch:
-        """The strategy with a schedule from `vtprune search gsearch`."""
-        return cls(schedule=str(path), **fields)
 
     def _rates(self) -> tuple[float, ...]:
         """The rates in force: those before `min_layer` are 1."""
@@ -155,8 +100,7 @@ class GSearch(Pruner):
         rates = self._rates()
         if len(rates) != depth:
             raise BudgetError(f"rates has {len(rates)} entries, this decoder {depth} layers: give one rate per layer.")
-        if self.min_layer >= depth:
-            raise BudgetError(f"min_layer={self.min_layer}: must lie in 1 .. {depth - 1} for this decoder.")
+        self.check_fields(integer=True, min_layer=f"[1, {depth - 1}]", why=" for this decoder")
         # scaled down, the rates fall at min_layer already
         first = self.min_layer if self.keep is not None else next((i for i, rate in enumerate(rates) if rate < 1.0), depth)
         falls = cut_layers(rates, None, first)
@@ -164,7 +108,7 @@ class GSearch(Pruner):
         return cuts, cuts == falls
 
     def check_model(self, model: Model) -> None:
-        check_fitted(self.name, self.fitted, model)
+        super().check_model(model)
         if self.rates is not None and len(self.rates) != model.depth:
             raise UnsupportedError(f"rates has {len(self.rates)} entries, {model.name!r} {model.depth} decoder layers.")
 
@@ -186,5 +130,4 @@ class GSearch(Pruner):
         return None if k >= view.tokens else Keep(top(row_mean(view.rows), k))
 
     def settings(self) -> dict[str, Any]:
-        rates = None if self.rates is None else list(self.rates)
-        return {**super().settings(), "rates": rates, "fitted": self.fitted and self.fitted.name}
+        return {**super().settings(), "rates": self.rates and list(self.rates)}

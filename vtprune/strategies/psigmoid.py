@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
+from vtprune.fitted import Scheduled
 from vtprune.ladder import cut_layers, rising_root, spend
-from vtprune.pruner import Budget, BudgetError, Keep, Model, Needs, PrefillView, Pruner, budget_tokens, check_budget
-from vtprune.select import top
-from vtprune.strategies.gsearch import check_fitted, check_schedule, row_mean
+from vtprune.pruner import Budget, Keep, Model, Needs, PrefillView, budget_tokens
+from vtprune.select import row_mean, top
 
 
 def sigmoid_curve(steepness: float, alpha: float, depth: int) -> list[float]:
@@ -55,7 +54,7 @@ def sigmoid_counts(steepness: float, cuts: tuple[int, ...], target: int, tokens:
 
 
 @dataclass
-class PSigmoid(Pruner):
+class PSigmoid(Scheduled):
     """P-Sigmoid (arXiv 2412.00556): layer i keeps the share 1 / (1 + exp(k (i - alpha))) that layer i - 1 attends to most.
 
     The midpoint alpha follows from the budget: the mean over layers is `keep`, which leaves the steepness k to be
@@ -68,7 +67,8 @@ class PSigmoid(Pruner):
         steepness: k per layer, in (0, 100]. None: the schedule's, or 0.5 (ours).
         schedule: path of a file from `vtprune search psigmoid`; a field that is given wins over the file's.
         query_scope, max_cuts, fitted: as in `GSearch`.
-        min_layer: first layer whose input may be cut; the layers before it keep all, and alpha makes up for them.
+        min_layer: first layer whose input may be cut; the layers before it keep all, and alpha makes up for them. None:
+            the schedule's, or 2 (ours).
     The mean is exact with `max_cuts=None`; with fewer cuts it is exact where the stairs' lengths allow it, else at most
     half a token off, with six cuts seldom more than a tenth.
     Raises:
@@ -81,7 +81,7 @@ class PSigmoid(Pruner):
     schedule: str | None = None
     query_scope: str = "text"
     max_cuts: int | None = 6
-    min_layer: int = 2
+    min_layer: int | None = None
     fitted: Model | None = field(default=None, repr=False)
 
     name = "psigmoid"
@@ -89,36 +89,17 @@ class PSigmoid(Pruner):
     positions = "original"
 
     def __post_init__(self) -> None:
-        values: dict[str, Any] = {}
-        if self.schedule is not None:
-            from vtprune.schedule import read  # files and JSON, for this case alone
-
-            self.schedule = str(self.schedule)
-            found = read(self.schedule, self.name)
-            values, self.fitted = found.values, found.model
-        if self.keep is None:
-            self.keep = values.get("keep") or 0.5
-        self.keep = check_budget(self.keep)
-        steepness = values.get("steepness", 0.5) if self.steepness is None else self.steepness
-        self.steepness = float(steepness)
-        if not 0.0 < self.steepness <= 100.0:
-            raise BudgetError(f"steepness={steepness}: give a number in (0, 100]; the curve falls for all of them.")
-        check_schedule(self.query_scope, self.max_cuts, self.min_layer)
-
-    @classmethod
-    def load(cls, path: str, **fields: Any) -> PSigmoid:
-        """The strategy with a schedule from `vtprune search psigmoid`."""
-        return cls(schedule=str(path), **fields)
-
-    def check_model(self, model: Model) -> None:
-        check_fitted(self.name, self.fitted, model)
+        values = self.read_schedule()
+        self.take(values, keep=0.5, steepness=0.5, min_layer=2)
+        super().__post_init__()
+        self.check_fields(steepness="(0, 100]", why=", where the curve falls")
+        self.steepness = float(self.steepness)
 
     def _cuts(self, share: float, depth: int) -> tuple[int, ...]:
         return sigmoid_cuts(self.steepness, share, depth, self.min_layer, self.max_cuts)
 
     def prefill_needs(self, depth: int) -> dict[int, Needs]:
-        if self.min_layer >= depth:
-            raise BudgetError(f"min_layer={self.min_layer}: must lie in 1 .. {depth - 1} for this decoder.")
+        self.check_fields(integer=True, min_layer=f"[1, {depth - 1}]", why=" for this decoder")
         return dict.fromkeys(range(self.min_layer, depth), Needs(queries=self.query_scope))
 
     def prefill_at(self, depth: int, sizes: tuple[int, ...], entered: int) -> tuple[int, ...]:
@@ -132,6 +113,3 @@ class PSigmoid(Pruner):
         cuts = self._cuts(target / entered, view.depth)
         k = sigmoid_counts(self.steepness, cuts, target, entered, view.depth)[view.layer]
         return None if k >= view.tokens else Keep(top(row_mean(view.rows), k))
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "fitted": self.fitted and self.fitted.name}

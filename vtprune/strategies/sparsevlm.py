@@ -14,20 +14,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from vtprune.ladder import spend
-from vtprune.pruner import (
-    Budget,
-    BudgetError,
-    Inputs,
-    Keep,
-    Needs,
-    PrefillView,
-    Pruner,
-    Rows,
-    budget_tokens,
-    check_budget,
-)
-from vtprune.select import top
+from vtprune.ladder import check_layers, spend
+from vtprune.merge import cluster_means, dpc_knn
+from vtprune.pruner import Budget, BudgetError, Inputs, Keep, Needs, PrefillView, Pruner, budget_tokens, check_budget
+from vtprune.select import at, ranked, row_mean, top
 
 # the published tokens kept of 576 at each cut, by the budget that they are quoted for; clusters come on top
 PUBLISHED: Mapping[int, tuple[int, ...]] = MappingProxyType(
@@ -50,54 +40,6 @@ def raters(inputs: Inputs, valid: Tensor) -> Tensor:
     mean = match.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
     chosen = valid & (match > mean * (1 + 1e-5))
     return torch.where(chosen.any(-1, keepdim=True), chosen, valid)
-
-
-def rated_score(rows: Rows, chosen: Tensor) -> Tensor:
-    """[B, N] fp32 attention from the raters, the mean over heads and raters; zero without any."""
-    attention = rows.attention().mean(1).masked_fill(~chosen[..., None], 0.0)
-    return attention.sum(1) / chosen.sum(-1, keepdim=True).clamp(min=1)
-
-
-def dpc_knn(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Density-peak clustering: centres are dense points far from any denser one; the rest go to the nearest centre.
-
-    A point's density falls with the mean squared distance to its `clusters` nearest points, itself among them, as in the
-    published code. Where that adds noise against ties, the lower index counts as the denser one (ours).
-
-    Parameters:
-        x: [B, M, D], any float dtype; clusters: 1 .. M.
-    Returns:
-        centres LongTensor [B, clusters], best first, and LongTensor [B, M], the number of each point's cluster.
-    """
-    x = x.float()
-    count = x.shape[1]
-    # not by way of a matrix product: equal points must be at distance zero, in every batch
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
-    # in logs, as the density itself may underflow
-    density = -distance.topk(clusters, largest=False).values.square().mean(-1)
-    index = torch.arange(count, device=x.device)
-    denser = density[:, None] > density[..., None]
-    denser |= (density[:, None] == density[..., None]) & (index < index[:, None])
-    gap = distance.masked_fill(~denser, float("inf")).amin(-1)
-    # nothing is denser than the peak
-    gap = torch.minimum(gap, distance.flatten(1).amax(-1, keepdim=True))
-    score = (gap.log() + density).nan_to_num(nan=float("-inf"), neginf=float("-inf"))
-    centres = torch.sort(score, dim=-1, descending=True, stable=True).indices[:, :clusters]
-    cluster = distance.gather(1, centres[..., None].expand(-1, -1, count)).argmin(1)
-    own = torch.arange(clusters, device=x.device).expand_as(centres)
-    return centres, cluster.scatter(1, centres, own)
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """x[b, index[b]] for x [B, N, D] and index [B, K]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def cluster_means(x: Tensor, cluster: Tensor, clusters: int) -> Tensor:
-    """[B, clusters, D] means of x [B, M, D] over each cluster, in fp32 and then x's dtype."""
-    # a product with 0 and 1, as scattered sums depend on the order of threads
-    member = torch.nn.functional.one_hot(cluster, clusters).float()
-    return (member.transpose(1, 2) @ x.float() / member.sum(1)[..., None]).to(x.dtype)
 
 
 @lru_cache(maxsize=4096)
@@ -152,17 +94,14 @@ class SparseVLM(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.layers = tuple(self.layers)
-        if not all(0 <= layer < 32 for layer in self.layers) or list(self.layers) != sorted(set(self.layers)):
-            raise BudgetError(f"layers={self.layers}: give rising layers in 0 .. 31, as of a decoder of 32.")
-        if not 1 <= len(self.layers) <= 3:
+        self.layers = check_layers(self.layers, 31)
+        if len(self.layers) > 3:
             raise BudgetError(f"layers={self.layers}: give one to three; the published lists have three counts.")
         if self.counts is not None:
             self.counts = tuple(check_budget(count, "counts") for count in self.counts)
             if len(self.counts) != len(self.layers):
                 raise BudgetError(f"counts={self.counts}: give one for each of layers={self.layers}.")
-        if not (0.0 <= self.tau <= 1.0 and 0.0 <= self.theta <= 1.0):
-            raise BudgetError(f"tau={self.tau} and theta={self.theta} are shares and must lie in 0 .. 1.")
+        self.check_fields(tau="[0, 1]", theta="[0, 1]")
 
     def _clusters(self, dropped: int) -> int:
         """Clusters that so many dropped tokens make."""
@@ -210,16 +149,15 @@ class SparseVLM(Pruner):
         if k + clusters >= tokens:
             return None
 
-        score = rated_score(view.rows, raters(view.inputs, view.rows.valid))
+        score = row_mean(view.rows, raters(view.inputs, view.rows.valid))
         if clusters == 0:
             return Keep(top(score, k))
-        # NaN counts as the least, as in `top`
-        order = torch.sort(score.nan_to_num(nan=float("-inf")), dim=-1, descending=True, stable=True).indices
+        order = ranked(score)
         kept = order[:, :k].sort(-1).values
         pool = order[:, k : k + self._recycled(tokens - k)].sort(-1).values
-        hidden = take(view.hidden, pool)
+        hidden = at(view.hidden, pool)
         centres, cluster = dpc_knn(hidden, clusters)
         slots = pool.gather(1, centres)
         into = torch.full_like(view.index, -1).scatter(1, pool, slots.gather(1, cluster)).scatter(1, slots, -1)
-        vectors = torch.cat([take(view.hidden, kept), cluster_means(hidden, cluster, clusters)], 1)
+        vectors = torch.cat([at(view.hidden, kept), cluster_means(hidden, cluster, clusters)], 1)
         return Keep(torch.cat([kept, slots], 1), hidden=vectors, into=into, ordered=True)

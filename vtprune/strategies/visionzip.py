@@ -12,14 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtprune.merge import cluster_means
 from vtprune.pruner import Budget, BudgetError, Encoder, EncodeView, Keep, Needs, Pruner
-from vtprune.select import top
-
-
-def without(chosen: Tensor, tokens: int) -> Tensor:
-    """LongTensor [B, tokens - K]: ascending, the indices of 0 .. tokens - 1 that are not in `chosen` [B, K] (distinct)."""
-    taken = torch.zeros(chosen.shape[0], tokens, dtype=torch.bool, device=chosen.device).scatter_(1, chosen, True)
-    return torch.sort(taken, dim=1, stable=True).indices[:, : tokens - chosen.shape[1]]
+from vtprune.select import at, top, without
 
 
 def targets_at(rest: int, count: int, device: torch.device | None = None) -> Tensor:
@@ -35,11 +30,6 @@ def assign(keys: Tensor, targets: Tensor) -> Tensor:
     keys, targets = (F.normalize(torch.nan_to_num(t.float(), 0.0, 0.0, 0.0), dim=-1) for t in (keys, targets))
     # equal patches give equal cosines but for the last bits, which the kernel and hence the batch decide
     return (keys @ targets.mT).round(decimals=5).argmax(-1)
-
-
-def at(x: Tensor, index: Tensor) -> Tensor:
-    """x[b, index[b]] for x [B, N, C] and index [B, K]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 @dataclass
@@ -123,9 +113,7 @@ class VisionZip(Pruner):
         if contextual:
             keys = view.rows.keys.float().mean(1)
             goes = assign(at(keys, members), at(keys, targets))
-            # a product with the one-hot table, not a scatter: its sums have one order on every device
-            table = F.one_hot(goes, contextual).float().mT
-            mean = table @ at(view.hidden, members).float() / table.sum(-1, keepdim=True).clamp(min=1)
+            mean = cluster_means(at(view.hidden, members).float(), goes, contextual)
             vectors.append((at(view.hidden, targets).float() + mean).to(view.hidden.dtype))
             into = into.scatter(1, members, targets.gather(1, goes))
         if not self.cls_token:
