@@ -57,7 +57,7 @@ class Entry:
         seeds: draws per picture, averaged question by question.
         towers: whether `relevance` is the paper's, from the text tower.
         rescue: only where the entry of this name cannot reach the budget.
-        varies: whether it depends on the picture which budgets can be reached.
+        varies: whether it depends on the picture which budgets can be reached; then the run itself tells.
         twin: left out of the table where it did the same as the entry of this name throughout.
     """
 
@@ -92,6 +92,7 @@ class Row:
     fields: dict[str, Any] = field(default_factory=dict)
     seeds: int = 1
     towers: bool = False
+    rescue: str = ""
     twin: str = ""
     label: str = ""
     settings: str = ""
@@ -219,11 +220,9 @@ class Bench:
         return timed(self.model, inputs, Case(row.label, pruner))
 
 
-def plan(bench: Bench, pictures_: int, budgets: Sequence[int], schedules: Path, only: Sequence[str] | None = None) -> list[Row]:
-    """The rows, each with the first of its settings that reaches the budget.
+def plan(bench: Bench, budgets: Sequence[int], schedules: Path, only: Sequence[str] | None = None) -> list[Row]:
+    """The rows, each with the first of its settings that reaches the budget on the first picture.
 
-    Parameters:
-        pictures_: how many the rows that depend on the picture have to manage; the others are tried on the first.
     Raises:
         SystemExit: for a name in `only` that no row has.
     """
@@ -233,33 +232,27 @@ def plan(bench: Bench, pictures_: int, budgets: Sequence[int], schedules: Path, 
         missing = ", ".join(map(repr, sorted(set(only) - known)))
         raise SystemExit(f"no row is named {missing}. Rows: {', '.join(sorted(known))}; gsearch needs a schedule.")
     rows = [Row("unpruned", None, "reference", None, label="unpruned", settings="unpruned")]
+    asked, inputs = bench.single(0)
     for budget, made in wanted.items():
-        named = {entry.name: entry for entry in made}
-        for entry in made:
-            if only is not None and entry.name not in only:
-                continue
-            if entry.rescue and not _fitting(bench, named[entry.rescue], budget, pictures_).refused:
-                continue
-            rows.append(_fitting(bench, entry, budget, pictures_))
+        rows += [_fitting(bench, e, budget, asked, inputs) for e in made if only is None or e.name in only]
     return rows
 
 
-def _fitting(bench: Bench, entry: Entry, budget: int, pictures_: int) -> Row:
-    row = Row(entry.name, entry.strategy, entry.group, budget, seeds=entry.seeds, towers=entry.towers, twin=entry.twin)
+def _fitting(bench: Bench, entry: Entry, budget: int, asked: Asked, inputs: dict[str, torch.Tensor]) -> Row:
+    same = {name: getattr(entry, name) for name in ("name", "strategy", "group", "seeds", "towers", "rescue", "twin")}
+    row = Row(budget=budget, **same)
     for choice in entry.choices:
         changed = [f"{k}={v}" for k, v in choice.items() if entry.choices[0].get(k, ...) != v]
         row.fields, row.label = dict(choice), ", ".join([entry.name, *changed])
-        errors = []
-        for seed in range(pictures_ if entry.varies else 1):
-            try:
-                bench.time(row, *bench.single(seed))
-            except VtpruneError as error:
-                errors.append(str(error))
-        if not errors:
-            told = row.strategy == "oracle"
-            row.refused, row.settings = "", "oracle" if told else row.build([], 0, bench.relevance).describe()
-            break
-        row.refused = f"on {len(errors)} of {pictures_} pictures: {errors[0]}" if entry.varies else errors[0]
+        try:
+            if not entry.varies:
+                bench.time(row, asked, inputs)
+        except VtpruneError as error:
+            row.refused = str(error)
+            continue
+        told = row.strategy == "oracle"
+        row.refused, row.settings = "", "oracle" if told else row.build([], 0, bench.relevance).describe()
+        break
     return row
 
 
@@ -302,13 +295,13 @@ def accuracy(bench: Bench, rows: list[Row], asked: list[Asked], workers: int, pa
         for seed in left:
             take(seed, bench.about(todo, seed))
     for row in todo:
-        for one in asked:
-            found = done[one.scene.seed][row.key]
-            if isinstance(found, str):
-                row.refused, row.hits, row.tokens = found, [], []
-                break
-            row.hits.append(found[0])
-            row.tokens += [found[1]] if found[1] is not None else []
+        found = [done[one.scene.seed][row.key] for one in asked]
+        errors = [one for one in found if isinstance(one, str)]
+        if errors:
+            row.refused = f"on {len(errors)} of {len(asked)} pictures: {errors[0]}"
+            continue
+        row.hits = [hits for hits, _ in found]
+        row.tokens = [tokens for _, tokens in found if tokens is not None]
 
 
 def _fingerprint(folder: Path, rows: Iterable[Row]) -> str:
@@ -358,9 +351,15 @@ def measure(
     began = time.monotonic()
     asked = pictures(questions)
     bench = Bench(folder)
-    rows = plan(bench, len(asked), budgets, schedules, only)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = plan(bench, budgets, schedules, only)
     with Progress(console=Console(stderr=True)) as progress:
         accuracy(bench, rows, asked, workers, partial, progress)
+        # a rescue where there was nothing to rescue
+        fine = {(row.name, row.budget) for row in rows if not row.refused}
+        rows = [row for row in rows if (row.rescue, row.budget) not in fine]
+        torch.set_num_threads(threads)
         timing(bench, rows, asked, turns, progress)
     return {
         "pictures": [[one.scene.seed, " ".join(q.type for q in one.questions)] for one in asked],

@@ -62,6 +62,35 @@ def tiny_llava(
     return model
 
 
+def tiny_tiled(family: str, attn: str = "sdpa", seed: int = 0):
+    """A tiny LLaVA-NeXT ("next", CLIP) or LLaVA-OneVision ("onevision", SigLIP) with tiles of 36 patches."""
+    import transformers
+
+    plain = tiny_llava(attn, seed=seed, siglip=family == "onevision").config
+    side = 8 * GRID
+    config_class, model_class = {
+        "next": (transformers.LlavaNextConfig, transformers.LlavaNextForConditionalGeneration),
+        "onevision": (transformers.LlavaOnevisionConfig, transformers.LlavaOnevisionForConditionalGeneration),
+    }[family]
+    config = config_class(
+        vision_config=plain.vision_config,
+        text_config=plain.text_config,
+        image_token_id=IMAGE,
+        image_grid_pinpoints=[[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy=plain.vision_feature_select_strategy,
+        **({"video_token_id": IMAGE - 1} if family == "onevision" else {}),
+    )
+    model = model_class._from_config(config, attn_implementation=attn).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or "newline" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.generation_config.suppress_tokens = [IMAGE, IMAGE - 1]
+    return model
+
+
 def vision_blocks(model):
     """The vision encoder's blocks; older transformers put one more module in between."""
     tower = model.model.vision_tower

@@ -30,6 +30,7 @@ class Turn:
     generated: list[int]
     sample: SampleReport
     pixels: torch.Tensor | None
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)  # what else the model takes beside pixel_values
     features: list[torch.Tensor] | None = None  # per image at full length, where the encoder merged
     merged: dict[int, tuple[set[int], torch.Tensor]] = field(default_factory=dict)  # layer: (tokens, its whole input)
 
@@ -123,6 +124,8 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     start = 0
     for turn in turns:
         visual = torch.tensor([i for i, t in enumerate(turn.prompt) if t == IMAGE], dtype=torch.long) + start
+        if turn.sample.slots is not None and len(visual):
+            visual = visual[turn.sample.slots]
         after[start:] = start + len(turn.prompt)
         before = {n: int(at) for n, at in enumerate(visual)}
         for layer, where in enumerate(_places(turn, visual) if len(visual) else []):
@@ -172,7 +175,9 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     pixels = [turn.pixels for turn in turns if turn.pixels is not None]
     try:
         with torch.no_grad(), _features_of(model, turns):
-            out = model(input_ids=torch.tensor([ids]), pixel_values=torch.cat(pixels) if pixels else None, use_cache=False)
+            extra = {name: torch.cat([turn.extra[name] for turn in turns if name in turn.extra]) for name in turns[0].extra}
+            seen = torch.cat(pixels) if pixels else None
+            out = model(input_ids=torch.tensor([ids]), pixel_values=seen, **extra, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -240,7 +245,8 @@ class Watch:
     def turn(self, prompt: list[int], generated: list[int], sample: SampleReport, pixels, row: int, first: int) -> Turn:
         """The turn of sample `row`, whose first image is the run's image `first`."""
         turn = Turn(prompt, generated, sample, pixels)
-        if self.remade:
+        # masks per tile would need the packing undone
+        if self.remade or sample.slots is not None:
             turn.features = self.features[first : first + len(sample.images)]
         for layer, tokens in self.targets.items():
             if sample.images:

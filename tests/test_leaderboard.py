@@ -225,8 +225,9 @@ def test_a_run(bench, tmp_path, monkeypatch):
 
 
 def test_the_first_choice_that_reaches_the_budget_is_taken_and_named(bench):
+    asked, inputs = bench.single(0)
     entry = Entry("fastv", "fastv", "inside", ({"layer": 2}, {"layer": 1}))
-    found = {b: leaderboard._fitting(bench, entry, b, 1) for b in (192, 128, 64)}
+    found = {b: leaderboard._fitting(bench, entry, b, asked, inputs) for b in (192, 128, 64)}
     assert [(row.label, bool(row.refused)) for row in found.values()] == [
         ("fastv", False), ("fastv, layer=1", False), ("fastv, layer=1", True),
     ]  # fmt: skip
@@ -235,19 +236,25 @@ def test_the_first_choice_that_reaches_the_budget_is_taken_and_named(bench):
 
 def test_unknown_rows_are_refused_by_name(bench, tmp_path):
     with pytest.raises(SystemExit, match="'flowcat'"):
-        leaderboard.plan(bench, 1, [64], tmp_path, ["flowcat"])
+        leaderboard.plan(bench, [64], tmp_path, ["flowcat"])
 
 
-def test_what_depends_on_the_picture_is_tried_on_all(bench, monkeypatch):
-    """MustDrop's least cost follows from what it merges: one picture too many, and the row is refused with their number."""
-    time = bench.time
+def test_a_budget_that_some_picture_forbids_is_refused_and_rescued(bench, tmp_path, monkeypatch):
+    """MustDrop's least cost follows from what it merges, so that only the run tells what it can reach."""
+    monkeypatch.setattr(leaderboard, "Bench", lambda folder: bench)
+    made = leaderboard.entries(tmp_path, 192)
+    few = [entry for entry in made if entry.strategy == "mustdrop"]
+    monkeypatch.setattr(leaderboard, "entries", lambda folder, budget: few)
 
-    def on_the_second(row, asked, inputs):
-        if asked.scene.seed == 1:
-            raise BudgetError("32 tokens cannot be reached: too few merged.")
-        return time(row, asked, inputs)
+    def measure(forbidden):
+        def on_one(rows, seed):
+            said = {row.key: ("1" * len(picture(seed).questions), 192.0) for row in rows}
+            return {**said, "mustdrop @ 192": "it cannot be reached: too few merged."} if seed == forbidden else said
 
-    monkeypatch.setattr(bench, "time", on_the_second)
-    made = leaderboard._fitting(bench, Entry("mustdrop", "mustdrop", "inside", varies=True), 192, 2)
-    assert made.refused == "on 1 of 2 pictures: 32 tokens cannot be reached: too few merged."
-    assert not leaderboard._fitting(bench, Entry("mustdrop", "mustdrop", "inside", varies=True), 192, 1).refused
+        monkeypatch.setattr(bench, "about", on_one)
+        done = leaderboard.measure(leaderboard.CHECKPOINT, 9, [192], tmp_path, workers=1, turns=1)
+        return {row["name"]: row["refused"] for row in done["raw"]}
+
+    refused = "on 1 of 2 pictures: it cannot be reached: too few merged."
+    assert measure(1) == {"unpruned": "", "mustdrop": refused, "mustdrop, key_rate=0.02": ""}
+    assert measure(None) == {"unpruned": "", "mustdrop": ""}

@@ -289,7 +289,7 @@ def test_a_killed_search_goes_on_to_the_same_result(tmp_path, method):
 
 
 def test_a_resume_with_other_settings_is_refused(tmp_path):
-    path = tmp_path / "out.json.state.json"
+    path = tmp_path / "out.json.state"
     Journal(path, {"tolerance": 0.01, "seed": 1}).memory(lambda x: x, int, int)(3)
     with pytest.raises(SearchError, match=r"tolerance was 0.01, is 0.02") as caught:
         Journal(path, {"tolerance": 0.02, "seed": 1})
@@ -352,7 +352,7 @@ def test_psigmoid_refuses_budgets_that_no_curve_reaches():
     psigmoid.check(0.26, 8, 2)
     psigmoid.check(0.126, 8, 1)
     psigmoid.check(3, 8, 2)  # not known before there is a picture
-    with pytest.raises(SearchError, match=r"share of 0\.25 of 8 layers.*min_layer"):
+    with pytest.raises(SearchError, match=r"over 8 layers is a mean share of 0\.25 .*min_layer"):
         psigmoid.check(0.25, 8, 2)
     with pytest.raises(SearchError, match=r"Give more than that\.$"):
         psigmoid.check(0.125, 8, 1)
@@ -663,7 +663,7 @@ def test_a_stopped_command_goes_on(tmp_path, real_set, embedded, monkeypatch):
     result = run(*args)
     assert result.exit_code == 130
     assert "goes on where it was" in result.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["g.json.state.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["g.json.state"]
     said = refused(*args, "--tolerance", 0.5)
     assert "tolerance was 0.01, is 0.5" in said
     left.extend(range(9))

@@ -222,12 +222,14 @@ class View:
         carry: per-token tensors [B, N, ...] that follow their tokens through later cuts of this call; a stage may add
             to it. This is where a score that accumulates over layers lives.
         notes: lines for the report; a stage may add what the user should know (see `note`).
+        part: (which, of how many) equal parts of an image this item is: a tile of a tiled image in `encode`.
     """
 
     index: Tensor
     sizes: tuple[int, ...]
     carry: dict[str, Tensor]
     notes: list[str] = field(default_factory=list, kw_only=True)
+    part: tuple[int, int] = field(default=(0, 1), kw_only=True)
 
     def note(self, text: str) -> None:
         """Tell the user, in the report, of something that was done otherwise than asked; said once."""
@@ -245,7 +247,20 @@ class View:
         return sum(self.sizes)
 
     def target(self, keep: Budget) -> int:
-        """The budget in tokens for one item: the sum over its images."""
+        """The budget in tokens for one item: the sum over its images, or a tile's share of its image's.
+
+        Raises:
+            BudgetError: if a tile's share is less than a token.
+        """
+        which, parts = self.part
+        if parts > 1 and isinstance(keep, int):
+            share = keep // parts + (which < keep % parts)
+            if share < 1:
+                raise BudgetError(
+                    f"keep={keep} is less than one token for each of the {parts} tiles of an image, which the encoder sees one "
+                    f"by one. Raise keep to at least {parts}, or use a strategy of another stage."
+                )
+            return min(share, self.total)
         return sum(budget_tokens(keep, size) for size in self.sizes)
 
 

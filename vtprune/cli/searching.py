@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 Where = Annotated[Path, typer.Option("--data", help="A folder with a questions.jsonl, or a JSONL file beside its pictures.")]
-Out = Annotated[Path, typer.Option("--out", help="The schedule to write; OUT.state.json beside it while the search runs.")]
+Out = Annotated[Path, typer.Option("--out", help="The schedule to write; OUT.state beside it while the search runs.")]
 Model = Annotated[str | None, typer.Option(help="Hugging Face id or folder. Default: the embedded tiny model.")]
 Keep = Annotated[str, typer.Option(help="Budget: visual tokens per image (64), or a share (0.25).")]
 Most = Annotated[int | None, typer.Option("--questions", min=1, help="Use the first so many. Default: all.")]
@@ -279,7 +279,7 @@ class _Job:
 
         settings = {"kind": kind, **options, "model": self.identity.fingerprint, "data": self.calibration.sha256}
         settings |= {"vtprune": vtprune.__version__, **self.setting}
-        journal = Journal(self.out.with_name(self.out.name + ".state.json"), settings, fresh)
+        journal = Journal(self.out.with_name(self.out.name + ".state"), settings, fresh)
         if journal.resumed:
             _note(f"going on with an earlier search: {journal.resumed} trials are known.")
         return journal

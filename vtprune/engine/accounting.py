@@ -36,7 +36,8 @@ def report_of(run: Pass) -> Report | None:
                 merged=item.merged,
                 foreign=sorted(item.foreign),
                 images=list(item.sizes),
-                grids=[grid(size) for size in item.sizes],
+                grids=[grid(run.records[i].layout) for i in images],
+                slots=_slots(run, images),
             )
         )
     notes = [*dict.fromkeys([n for r in run.records if r.encoding is not None for n in r.encoding.notes] + run.notes)]
@@ -61,6 +62,18 @@ def report_of(run: Pass) -> Report | None:
         clock=run.clock,
         notes=notes,
     )
+
+
+def _slots(run: Pass, images: list[int]) -> Tensor | None:
+    """Which of a sample's image placeholders its visual tokens are, or None where all of them are visual."""
+    layouts = [run.records[i].layout for i in images]
+    if all(layout.visual is None for layout in layouts):
+        return None
+    slots, start = [], 0
+    for i, layout in zip(images, layouts, strict=True):
+        slots.append(run._visual(run.records[i]) + start)
+        start += layout.placeholders
+    return torch.cat(slots)
 
 
 def _distinct_rows(run: Pass) -> list[int]:

@@ -191,21 +191,27 @@ class Pass:
         """Number the visual tokens, run `select`, and shorten the embeddings by all that has left so far."""
         records = [ImageTokens.of(f) for f in self.features]
         where = self.placeholders.nonzero()
-        total = sum(r.size for r in records)
-        if len(where) != total:
+        fed = [r.layout.placeholders for r in records]
+        if len(where) != sum(fed):
             raise UnsupportedError(
-                f"the prompt has {len(where)} image placeholder tokens, the images make {total} visual tokens. Let the "
+                f"the prompt has {len(where)} image placeholder tokens, the images make {sum(fed)} tokens. Let the "
                 f"processor build prompt and images together, one placeholder per image."
             )
-        starts = torch.tensor([0, *(r.size for r in records)]).cumsum(0)
-        ends = where[(starts[1:] - 1).to(where.device), 0].tolist()
-        rows = where[starts[:-1].to(where.device), 0].tolist()
+        first = torch.tensor([0, *fed], device=where.device).cumsum(0)
+        ends, rows = where[first[1:] - 1, 0].tolist(), where[first[:-1], 0].tolist()
         if rows != ends:
             raise UnsupportedError("an image's placeholder tokens are spread over two samples of the batch.")
         self.images = [[] for _ in range(embeds.shape[0])]
         for image, row in enumerate(rows):
             self.images[row].append(image)
-        self.stream.visual.copy_(torch.where(self.placeholders, self.placeholders.long().cumsum(1) - 1, -1))
+        # separators among the placeholders are no visual tokens: they are neither offered nor dropped
+        is_visual = self.placeholders
+        if any(r.layout.visual is not None for r in records):
+            where = where[torch.cat([self._visual(r) + at for r, at in zip(records, first.tolist(), strict=False)])]
+            is_visual = torch.zeros_like(self.placeholders).index_put((where[:, 0], where[:, 1]), torch.tensor(True))
+        total = len(where)
+        starts = torch.tensor([0, *(r.size for r in records)]).cumsum(0)
+        self.stream.visual.copy_(torch.where(is_visual, is_visual.long().cumsum(1) - 1, -1))
 
         if past == 0 and not use_cache:
             self.replays = self._find_replays(records)
@@ -227,7 +233,7 @@ class Pass:
         if sum(len(item.index) for item in items) < total:
             alive = torch.zeros(total, dtype=torch.bool, device=embeds.device)
             alive[torch.cat([item.index + start for item, start in zip(items, starts.tolist(), strict=False)])] = True
-            lost = self.placeholders.masked_scatter(self.placeholders, ~alive)
+            lost = is_visual.masked_scatter(is_visual, ~alive)
             self.stream, gather = self.stream.drop(lost)
             kwargs = {
                 **kwargs,
@@ -243,6 +249,14 @@ class Pass:
             if decision is not None:
                 item.merged, item.foreign = decision.merged, decision.foreign
         return kwargs
+
+    @staticmethod
+    def _visual(record: ImageTokens) -> Tensor:
+        """Which of an image's placeholders are visual."""
+        layout = record.layout
+        if layout.visual is not None:
+            return layout.visual
+        return torch.arange(layout.placeholders, device=record.item.index.device)
 
     def _cutting_layers(self) -> set[int]:
         """Layers before which `prefill` is to be asked in this pass."""
@@ -335,7 +349,7 @@ class Pass:
                 carry=stack_carry(members),
                 notes=self.notes,
                 features=flat[slots[index + begin[:, None]]],
-                grid=self.plan.site.grid(records[group[0]].size),
+                grid=self.plan.site.grid(records[group[0]].layout),
                 ordinal=torch.tensor([first[i] for i in group]),
                 text=[text(row_of[i])[0] for i in group],
                 ids=[text(row_of[i])[1] for i in group],
@@ -566,6 +580,8 @@ class Pass:
 
         def text() -> tuple[Tensor, Tensor]:
             is_text = stream.numbers < 0 if stream.valid is None else stream.valid & (stream.numbers < 0)
+            if self.placeholders is not None:  # separators between rows of patches are no text
+                is_text = is_text & ~self.placeholders.gather(1, stream.index)
             after = (stream.numbers >= 0).long().cumsum(1) > 0
             index, valid = compress(is_text & after, left=False)
             return index, torch.ones_like(index, dtype=torch.bool) if valid is None else valid

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vtprune.engine.attention import Request, padding_mask
 from vtprune.engine.items import Choice, Item, checked, slice_rows, stack_carry, unstack_carry
 from vtprune.engine.stream import groups
+from vtprune.families.base import Layout, layouts_by_packing
 from vtprune.measure.clock import Clock
 from vtprune.pruner import EncodeView, Needs, Pruner, Rows, UnsupportedError, VtpruneError
 
@@ -54,6 +55,7 @@ class Encoding:
         pruner: the strategy that owns the `encode` stage, or None to only count tokens.
         needs: its declaration per block; depth: blocks that feed the projector; special: tokens before the patches.
         start: where pictures were scaled down first, what is left.
+        tiles: pictures that each image goes in as, or None where each is one.
     """
 
     def __init__(
@@ -66,9 +68,12 @@ class Encoding:
         grid,
         clock,
         start: Start | None = None,
+        tiles: list[int] | None = None,
     ):
         self.pruner, self.needs, self.depth, self.special = pruner, needs, depth, special
         self.kernel, self.grid, self.clock, self.start = kernel, grid, clock, start
+        self.parts = None if tiles is None else [(at, n) for n in tiles for at in range(n)]
+        self.layouts: list[Layout] | None = None
         self.notes: list[str] = []
         self.items: list[Item] = []
         self.sequence = 0
@@ -79,6 +84,35 @@ class Encoding:
     @property
     def counts(self) -> list[int]:
         return [len(item.index) for item in self.items]
+
+    def tile_items(self) -> list[list[Item]]:
+        """The items of each image's tiles."""
+        left = iter(self.items)
+        return [[next(left) for _ in range(layout.tiles)] for layout in self.layouts]
+
+    def pack(self, packing: Callable, arguments: dict):
+        """Run the model's packing of tiles on features at full length, and note the layouts that it makes."""
+        self.layouts = layouts = layouts_by_packing(
+            packing,
+            {
+                **arguments,
+                "image_features": [
+                    feature.new_zeros(len(feature), feature.shape[1] if self.pruner is None else self.items[0].sizes[0], 1)
+                    for feature in arguments["image_features"]
+                ],
+            },
+        )
+        if self.pruner is not None:
+            arguments = {
+                **arguments,
+                "image_features": [
+                    torch.stack([_full_length(row, item) for row, item in zip(feature, items, strict=True)])
+                    for feature, items in zip(arguments["image_features"], self.tile_items(), strict=True)
+                ],
+            }
+        if [layout.tiles for layout in layouts] != [len(f) for f in arguments["image_features"]]:
+            raise VtpruneError("the model packed other tiles than it was expected to.")
+        return packing(**arguments)
 
     def before_block(self, block: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Note what the block runs on; hand it a mask where rows are padded."""
@@ -140,7 +174,8 @@ class Encoding:
         """The strategy's choice for every image, or None if nothing changes."""
         counts, special = self.counts, self.special
         chosen: list[Choice | None] = [None] * len(counts)
-        for group in groups(counts):
+        parts = self.parts or [(0, 1)] * len(counts)
+        for group in groups(list(zip(counts, parts, strict=True))):
             n, items = counts[group[0]], [self.items[i] for i in group]
             mine = hidden if len(group) == len(counts) else hidden[group]
             view = EncodeView(
@@ -148,6 +183,7 @@ class Encoding:
                 sizes=items[0].sizes,
                 carry=stack_carry(items),
                 notes=self.notes,
+                part=parts[group[0]],
                 layer=block,
                 depth=self.depth,
                 hidden=mine[:, special : special + n],
@@ -204,14 +240,19 @@ class ImageTokens:
 
     Parameters:
         item: survivors and what is carried with them.
-        size: visual tokens before pruning.
+        layout: how the image's placeholders stand for patches.
         encoding: the run it came from, or None for features that a user computed elsewhere.
         owner: the session that ran it.
     """
 
-    def __init__(self, item: Item, size: int, encoding: Encoding | None, owner: object = None):
-        self.item, self.size, self.encoding, self.owner = item, size, encoding, owner
+    def __init__(self, item: Item, layout: Layout, encoding: Encoding | None, owner: object = None):
+        self.item, self.layout, self.encoding, self.owner = item, layout, encoding, owner
         self.replays: list[tuple[Tensor, object]] = []
+
+    @property
+    def size(self) -> int:
+        """Visual tokens before pruning."""
+        return self.layout.size
 
     @classmethod
     def of(cls, features: Tensor) -> ImageTokens:
@@ -220,16 +261,22 @@ class ImageTokens:
         if found is not None:
             return found
         index = torch.arange(len(features), device=features.device)
-        return cls(Item(index, (len(features),)), len(features), None)
+        return cls(Item(index, (len(features),)), Layout(len(features)), None)
 
 
 def attach_records(features: list[Tensor], encoding: Encoding, owner: object) -> list[Tensor]:
     """Projected features at full length (dropped rows zero, to match the placeholders), each with its record."""
     result = []
+    cut = encoding.pruner is not None or encoding.start is not None
+    tiles = encoding.tile_items() if cut and encoding.layouts is not None else None
     for at, feature in enumerate(features):
-        if encoding.pruner is None and encoding.start is None:
-            index = torch.arange(len(feature), device=feature.device)
-            item, full = Item(index, (len(feature),)), feature
+        layout, full = Layout(len(feature)), feature
+        if encoding.layouts is not None:
+            layout = encoding.layouts[at]
+        if not cut:
+            item = Item(torch.arange(layout.size, device=feature.device), (layout.size,))
+        elif tiles is not None:
+            item = join_tiles(tiles[at], layout)
         else:
             item = encoding.items[at]
             if len(feature) != max(encoding.counts):
@@ -238,11 +285,51 @@ def attach_records(features: list[Tensor], encoding: Encoding, owner: object) ->
                     f"not stand for one another (vision_feature_select_strategy='full' keeps the class token, for one). Use "
                     f"the 'default' select strategy, or a strategy of another stage."
                 )
-            full = _full_length(feature, item)
+            full, layout = _full_length(feature, item), Layout(item.sizes[0])
         # the tensor object itself is what reaches the decoder, once per beam, and is what a second question finds again
-        full._vtprune = ImageTokens(item, item.sizes[0], encoding, owner)
+        full._vtprune = ImageTokens(item, layout, encoding, owner)
         result.append(full)
     return result
+
+
+def join_tiles(items: list[Item], layout: Layout) -> Item:
+    """One image's tiles as one item, numbered as its visual tokens are; patches that the packing leaves out are lost.
+
+    Tokens follow the image's own order, or that of the tiles where a strategy rearranged them.
+    """
+    if layout.patch is None:
+        raise UnsupportedError(
+            "this picture has more tiles than the model takes at full resolution, so its tokens are blends of patches and a "
+            "strategy inside the encoder cannot say which of them stay. Use a smaller picture, or a strategy of another stage."
+        )
+    device = layout.patch.device
+    number = torch.full((layout.tiles * layout.patches,), -1, dtype=torch.long, device=device)
+    number[layout.patch] = torch.arange(layout.size, device=device)
+    numbers = [number[item.index + at * layout.patches] for at, item in enumerate(items)]
+    index = torch.cat(numbers)
+    stays = (index >= 0).nonzero()[:, 0]
+    ordered = any(item.ordered for item in items)
+    if not ordered:
+        stays = stays[index[stays].argsort()]
+    joined = Item(index[stays], (layout.size,), ordered=ordered)
+    for name in set.intersection(*(set(item.carry) for item in items)):
+        joined.carry[name] = torch.cat([item.carry[name] for item in items])[stays]
+    if any(item.merged or item.foreign for item in items):
+        known = number.tolist()
+        for at, item in enumerate(items):
+            local = known[at * layout.patches : (at + 1) * layout.patches]
+            joined.foreign += [local[n] for n in item.foreign if local[n] >= 0]
+            for kept, gone in item.merged.items():
+                if local[kept] >= 0:
+                    joined.merged[local[kept]] = [local[n] for n in gone if local[n] >= 0]
+    for block in sorted({block for item in items for block, _ in item.cuts}):
+        left = []
+        for at, item in enumerate(items):
+            done = [index for b, index in item.cuts if b <= block]
+            patches = done[-1] if done else torch.arange(layout.patches, device=device)
+            left.append(number[patches + at * layout.patches])
+        joined.cuts.append((block, torch.cat([n[n >= 0] for n in left])))
+    return joined
 
 
 def _full_length(feature: Tensor, item: Item) -> Tensor:

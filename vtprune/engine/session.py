@@ -129,7 +129,9 @@ class Session:
     def _attach(self) -> None:
         base, decoder = self.site.base, self.site.decoder
         self._hook(self.model.register_forward_pre_hook, self._refuse_labels, with_kwargs=True)
-        self._override_features(base)
+        self._override(base, "get_image_features", self._encode)
+        if self.site.family.tiles is not None:
+            self._override(base, "pack_image_features", self._pack)
         self._hook(base.register_forward_pre_hook, self._before_base, with_kwargs=True)
         self._hook(base.register_forward_hook, self._after_base, always_call=True)
         self._hook(decoder.register_forward_pre_hook, self._before_decoder, with_kwargs=True)
@@ -152,23 +154,30 @@ class Session:
     def _hook(self, register: Callable, hook: Callable, **options) -> None:
         self._undo.append(register(hook, **options).remove)
 
-    def _override_features(self, base: nn.Module) -> None:
-        """An instance attribute in front of the class's method; `generate` and forward both look it up there."""
-        original, before = base.get_image_features, base.__dict__.get("get_image_features")
+    def _override(self, base: nn.Module, name: str, replacement: Callable) -> None:
+        """An instance attribute in front of the class's method, which generate() and forward() both look up there."""
+        original, before = getattr(base, name), base.__dict__.get(name)
 
         @functools.wraps(original)
-        def get_image_features(*args, **kwargs):
-            return self._encode(original, args, kwargs)
+        def method(*args, **kwargs):
+            return replacement(original, args, kwargs)
 
-        base.get_image_features = get_image_features
+        setattr(base, name, method)
 
         def undo() -> None:
             if before is None:
-                del base.get_image_features
+                delattr(base, name)
             else:
-                base.get_image_features = before
+                setattr(base, name, before)
 
         self._undo.append(undo)
+
+    def _pack(self, original: Callable, args: tuple, kwargs: dict):
+        """The model's packing of tiles, watched while a wrapped encoder runs."""
+        encoding = getattr(self._local, "encoding", None)
+        if encoding is None:
+            return original(*args, **kwargs)
+        return encoding.pack(original, dict(inspect.signature(original).bind(*args, **kwargs).arguments))
 
     def _arguments(self, module: str, args: tuple, kwargs: dict) -> dict:
         """All arguments of a forward call by name."""
@@ -212,6 +221,7 @@ class Session:
             self.site.grid,
             clock,
             start,
+            None if self.site.family.tiles is None else self.site.family.tiles(self.site.base, given),
         )
         if start is not None:
             encoding.notes.extend(notes)

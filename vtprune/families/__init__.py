@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from vtprune.families.base import Family, Site
-from vtprune.families.llava import LLAVA
+from vtprune.families.llava import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
 from vtprune.pruner import UnsupportedError
 
-FAMILIES: tuple[Family, ...] = (LLAVA,)
+FAMILIES: tuple[Family, ...] = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION)
 
 
 def locate(model: nn.Module) -> Site:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vtprune.pruner import UnsupportedError
 
@@ -25,6 +29,54 @@ def resolve(module: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How an image's placeholder tokens stand for the encoder's patches.
+
+    Parameters:
+        placeholders: tokens that the image takes in the prompt.
+        visual: LongTensor [N], which of them are visual, ascending; the others separate rows (newline embeddings) and are
+            as little offered for pruning as text is. None: all are.
+        patch: LongTensor [N], for each visual token the patch that it stands for, counted over all tiles; None where
+            tokens are blends of patches (interpolated tiles).
+        tiles: pictures that the encoder saw of it; patches: of each of them.
+    """
+
+    placeholders: int
+    visual: Tensor | None = None
+    patch: Tensor | None = None
+    tiles: int = 1
+    patches: int = 0
+
+    @property
+    def size(self) -> int:
+        """N, the image's visual tokens."""
+        return self.placeholders if self.visual is None else len(self.visual)
+
+
+def layouts_by_packing(pack: Callable[..., Any], arguments: dict[str, Any]) -> list[Layout]:
+    """The layouts of tiled images, read off the model's own packing by having it pack patch numbers.
+
+    Parameters:
+        pack: the model's method; arguments: what it is about to pack, `image_features` [tiles, patches, D] per image.
+    """
+    numbered = []
+    for features in arguments["image_features"]:
+        tiles, patches = features.shape[:2]
+        number = torch.arange(tiles * patches, dtype=torch.float32, device=features.device)
+        numbered.append(number.view(tiles, patches, 1))
+    newline = None if arguments.get("image_newline") is None else torch.tensor([-1.0], device=numbered[0].device)
+    packed = pack(**{**arguments, "image_features": numbered, "image_newline": newline})[0]
+    found = []
+    for features, image in zip(numbered, packed, strict=True):
+        tiles, patches = features.shape[:2]
+        visual = (image[:, 0] >= 0).nonzero()[:, 0]
+        patch = image[visual, 0]
+        whole = bool((patch == patch.round()).all())
+        found.append(Layout(len(image), visual, patch.long() if whole else None, tiles, patches))
+    return found
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family, declared.
 
@@ -37,6 +89,8 @@ class Family:
         rotary: name of the decoder's rotary embedding module.
         special_tokens: vision model type -> tokens before the patches in its sequence (1 for a class token).
         resizable: vision model types whose position table can be interpolated to a smaller picture.
+        tiles: (base model, arguments of `get_image_features`) -> tiles per image, for families that cut pictures into
+            tiles and pack them with a `pack_image_features` method.
         norm, query, key: names of the norm, query and key projections within a decoder block and its `self_attn`.
     """
 
@@ -49,6 +103,7 @@ class Family:
     rotary: str = "rotary_emb"
     special_tokens: tuple[tuple[str, int], ...] = (("clip_vision_model", 1), ("siglip_vision_model", 0))
     resizable: tuple[str, ...] = ("clip_vision_model", "siglip_vision_model")
+    tiles: Callable[[nn.Module, dict[str, Any]], list[int]] | None = None
     norm: str = "input_layernorm"
     query: str = "q_proj"
     key: str = "k_proj"
@@ -143,10 +198,28 @@ class Site:
         # hidden_states[0] is the embedding, hidden_states[j] the output of block j - 1
         return layer if layer >= 0 else len(self.encoder_layers) + 1 + layer
 
-    def grid(self, tokens: int) -> tuple[int, int] | None:
-        """(rows, columns) of an image of `tokens` visual tokens, or None."""
+    def grid(self, tokens: int | Layout) -> tuple[int, int] | None:
+        """(rows, columns) of an image of so many visual tokens or of this layout, or None if it is no one grid."""
+        if isinstance(tokens, Layout):
+            if tokens.tiles > 1:
+                return None
+            tokens = tokens.size
         side = math.isqrt(tokens)
         return (side, side) if side * side == tokens else None
+
+    def layouts(self, image_sizes: Tensor) -> list[Layout]:
+        """The layouts of pictures of these sizes [n, 2] (height, width), for families that cut them into tiles."""
+        vision = self.base.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        tiles = self.family.tiles(self.base, {"image_sizes": image_sizes})
+        arguments = {
+            "image_features": [torch.zeros(n, patches, 1) for n in tiles],
+            "image_sizes": image_sizes,
+            "image_newline": torch.zeros(1),
+            "vision_feature_select_strategy": self.base.config.vision_feature_select_strategy,
+        }
+        known = inspect.signature(self.base.pack_image_features).parameters
+        return layouts_by_packing(self.base.pack_image_features, {k: v for k, v in arguments.items() if k in known})
 
     def _must(self, paths: tuple[str, ...], what: str) -> nn.Module:
         found = resolve(self.base, paths)

@@ -166,15 +166,21 @@ def make_inputs(model: nn.Module, batch: int, text_tokens: int, seed: int = 0, i
     """Random pictures and prompts for `model`: half the text before the images, half after.
 
     Parameters:
-        images: pictures per sample; 5 make the 2,880 visual tokens of a tiled LLaVA-NeXT input.
+        images: pictures per sample; a tiled model gets the largest picture that it takes.
     Raises:
         UnsupportedError: if text_tokens is below 2, batch or images below 1, or the prompt exceeds the decoder's positions.
     """
     if text_tokens < 2 or batch < 1 or images < 1:
         raise UnsupportedError(f"batch={batch}, images={images}, text_tokens={text_tokens}: at least 1, 1 and 2.")
-    config, device = model.config, model.device
+    config, device, site = model.config, model.device, locate(model)
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
-    image = images * (side // patch) ** 2
+    shape, more, image = (3, side, side), {}, images * (side // patch) ** 2
+    if site.family.tiles is not None:
+        # the largest picture that the model takes
+        largest = max(config.image_grid_pinpoints, key=lambda size: size[0] * size[1])
+        sizes = torch.tensor([largest]).repeat(batch * images, 1)
+        layout = site.layouts(sizes[:1])[0]
+        shape, more, image = (layout.tiles, *shape), {"image_sizes": sizes.to(device)}, images * layout.placeholders
     limit = config.text_config.max_position_embeddings
     if image + text_tokens >= limit:
         raise UnsupportedError(f"{image} visual + {text_tokens} text tokens do not fit the decoder's {limit} positions.")
@@ -183,11 +189,12 @@ def make_inputs(model: nn.Module, batch: int, text_tokens: int, seed: int = 0, i
     text = torch.randint(0, min(token, config.text_config.vocab_size), (batch, text_tokens), generator=generator)
     before = text_tokens // 2
     ids = torch.cat([text[:, :before], torch.full((batch, image), token), text[:, before:]], 1)
-    pixels = torch.randn(batch * images, 3, side, side, generator=generator)
+    pixels = torch.randn(batch * images, *shape, generator=generator)
     return {
         "input_ids": ids.to(device),
         "attention_mask": torch.ones_like(ids).to(device),
         "pixel_values": pixels.to(device, model.dtype),
+        **more,
     }
 
 

@@ -39,10 +39,11 @@ def check(keep: int | float, depth: int, min_layer: int) -> None:
         raise SearchError(f"min_layer={min_layer}: this decoder has {depth} layers, so no layer is left to prune.")
     # a share of exactly that leaves the other layers without the one token they keep
     if isinstance(keep, float) and keep * depth <= min_layer:
+        whole = "layer 0 sees" if min_layer == 1 else f"layers 0 .. {min_layer - 1} see"
         earlier = "" if min_layer == 1 else ", or let earlier layers prune (min_layer)"
         raise SearchError(
-            f"keep={keep:g} cannot be reached: layers 0 .. {min_layer - 1} see all visual tokens, which is a share of "
-            f"{min_layer / depth:g} of {depth} layers by itself. Give more than that{earlier}."
+            f"keep={keep:g} cannot be reached: {whole} all visual tokens, which over {depth} layers is a mean share of "
+            f"{min_layer / depth:g} already. Give more than that{earlier}."
         )
 
 

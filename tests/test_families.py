@@ -1,0 +1,270 @@
+"""The promises on families whose pictures go in as tiles, packed with newline embeddings between rows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from models import GRID, IMAGE, batch, images, prompt, tiny_tiled
+from oracle import Watch, oracle_logits
+from transformers import DynamicCache
+
+import vtprune
+from vtprune.pruner import budget_tokens
+
+SIDE = 8 * GRID
+TILE = GRID * GRID
+# (height, width) of the original pictures: one row of two tiles with padding, and four tiles with padding
+SIZES = ((SIDE - 20, 2 * SIDE), (2 * SIDE, 2 * SIDE - 30))
+STRATEGIES = {
+    "flowcut": lambda: vtprune.FlowCut(keep=30),
+    "todre": lambda: vtprune.ToDRE(keep=30),
+    "visionzip": lambda: vtprune.VisionZip(keep=40),
+    "mustdrop": lambda: vtprune.MustDrop(keep=70, sim_thr=0.1, layers=(0, 12)),
+    "divprune": lambda: vtprune.DivPrune(keep=0.3),
+    "cdpruner": lambda: vtprune.CDPruner(keep=25),
+    "fastv": lambda: vtprune.FastV(keep=60, layer=1),
+    "sparsevlm": lambda: vtprune.SparseVLM(keep=60),
+    "psigmoid": lambda: vtprune.PSigmoid(keep=0.6),
+    "evict": lambda: vtprune.Evict(keep=20),
+    "random+fastv+evict": lambda: vtprune.create("random+fastv+evict", keep=30, layer=1),
+}
+CLS = {"flowcut", "visionzip", "mustdrop"}
+every_family = pytest.mark.parametrize("family", ["next", "onevision"])
+every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+every_kernel = pytest.mark.parametrize("attn", ["sdpa", "eager"])
+every_positions = pytest.mark.parametrize("positions", ["original", "compact"])
+
+
+@lru_cache
+def model_of(family: str, attn: str):
+    return tiny_tiled(family, attn)
+
+
+@lru_cache
+def picture(family: str, which: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """pixel_values [1, tiles, 3, side, side] padded to five tiles, image_sizes [1, 2], and placeholders in the prompt."""
+    tiles = 3 if which == 0 else 5
+    pixels = torch.zeros(1, 5, 3, SIDE, SIDE)
+    pixels[0, :tiles] = images(tiles, seed=which)
+    sizes = torch.tensor([SIZES[which]])
+    with torch.no_grad():
+        features = model_of(family, "sdpa").model.get_image_features(pixels, sizes, return_dict=True).pooler_output
+    return pixels, sizes, len(features[0])
+
+
+def inputs_of(family: str, prompts: list[list[int | str]]) -> tuple[list[list[int]], list[dict[str, torch.Tensor]]]:
+    """Token ids, and pixels with sizes, of prompts in which "A" and "B" stand for the two pictures."""
+    ids, given = [], []
+    for parts in prompts:
+        row, pixels, sizes = [1], [], []
+        for part in parts:
+            if part in ("A", "B"):
+                pixel, size, count = picture(family, "AB".index(part))
+                row += [IMAGE] * count
+                pixels.append(pixel)
+                sizes.append(size)
+            else:
+                row += prompt(part)[1:]
+        ids.append(row)
+        given.append({"pixel_values": torch.cat(pixels), "image_sizes": torch.cat(sizes)})
+    return ids, given
+
+
+def joined(given: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([one[name] for one in given]) for name in given[0]}
+
+
+def run(model, ids, given, pruner=None, positions=None, steps=4, **options):
+    def generate():
+        return model.generate(
+            **batch(ids),
+            **joined(given),
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+
+    if pruner is None:
+        out = generate()
+        return out.sequences[:, -steps:], torch.stack(out.logits, 1), None, None
+    with vtprune.pruning(model, pruner, positions=positions) as session:
+        watch = Watch(model, pruner)
+        try:
+            out = generate()
+        finally:
+            watch.close()
+    return out.sequences[:, -steps:], torch.stack(out.logits, 1), session.report, watch
+
+
+PROMPTS = [[2, "A", 5], [3, "B", 2, "A", 4], [1, "B", 7]]
+
+
+def applies(family: str, strategy: str) -> None:
+    """Skip what refuses an encoder without a class token; test_errors.py holds the refusal."""
+    if family == "onevision" and strategy in CLS:
+        with pytest.raises(vtprune.UnsupportedError, match="cls"):
+            vtprune.wrap(model_of(family, "sdpa"), STRATEGIES[strategy]())
+        pytest.skip("needs a class token")
+
+
+@every_family
+@every_strategy
+def test_keep_all_is_bit_identical(family, strategy):
+    applies(family, strategy)
+    model = model_of(family, "sdpa")
+    ids, given = inputs_of(family, PROMPTS)
+    everything = STRATEGIES[strategy]()
+    for part in getattr(everything, "parts", [everything]):
+        part.keep = 1.0
+    tokens, logits, _, _ = run(model, ids, given)
+    kept, pruned, report, _ = run(model, ids, given, everything)
+    assert torch.equal(tokens, kept) and torch.equal(logits, pruned)
+    assert all(len(s.kept) == s.visual_tokens < row.count(IMAGE) for s, row in zip(report.samples, ids, strict=True))
+
+
+@every_family
+@every_strategy
+@every_kernel
+@every_positions
+def test_masking_equals_removing(family, strategy, attn, positions):
+    applies(family, strategy)
+    model = model_of(family, attn)
+    ids, given = inputs_of(family, PROMPTS)
+    tokens, logits, report, watch = run(model, ids, given, STRATEGIES[strategy](), positions)
+    first = 0
+    for row, one in enumerate(given):
+        turn = watch.turn(ids[row], tokens[row].tolist(), report.samples[row], one["pixel_values"], row, first)
+        turn.extra = {"image_sizes": one["image_sizes"]}
+        first += len(one["pixel_values"])
+        expected = oracle_logits(model, [turn], positions == "compact")[len(ids[row]) - 1 : -1]
+        torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
+
+
+@every_family
+@every_strategy
+def test_batch_equals_single(family, strategy):
+    applies(family, strategy)
+    model = model_of(family, "sdpa")
+    ids, given = inputs_of(family, PROMPTS)
+    tokens, logits, report, _ = run(model, ids, given, STRATEGIES[strategy]())
+    for row, one in enumerate(given):
+        alone, by_itself, single, _ = run(model, [ids[row]], [one], STRATEGIES[strategy]())
+        assert torch.equal(tokens[row], alone[0])
+        torch.testing.assert_close(logits[row], by_itself[0], atol=1e-4, rtol=1e-4)
+        for a, b in zip(report.samples[row].layers, single.samples[0].layers, strict=True):
+            assert torch.equal(a, b)
+
+
+@every_family
+@pytest.mark.parametrize("strategy", ["flowcut", "todre", "fastv", "sparsevlm"])
+def test_cached_equals_uncached(family, strategy):
+    applies(family, strategy)
+    model = model_of(family, "sdpa")
+    ids, given = inputs_of(family, PROMPTS)
+    cached = run(model, ids, given, STRATEGIES[strategy]())
+    uncached = run(model, ids, given, STRATEGIES[strategy](), use_cache=False)
+    assert torch.equal(cached[0], uncached[0])
+    torch.testing.assert_close(cached[1], uncached[1], atol=1e-4, rtol=1e-4)
+
+
+@every_family
+def test_numbers_are_patches_and_newlines_stay(family):
+    """Visual tokens are the unpadded patches in packed order; separators are counted nowhere and always there."""
+    model = model_of(family, "sdpa")
+    ids, given = inputs_of(family, PROMPTS[:1])
+    with torch.no_grad(), vtprune.pruning(model, "random", keep=10) as session:
+        seen = []
+        model.model.language_model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        model(**batch(ids), **joined(given))
+    sample = session.report.samples[0]
+    newlines = ids[0].count(IMAGE) - sample.visual_tokens
+    # one per row of the unpadded picture, whose padding is no patch either
+    assert 1 < newlines <= GRID and sample.visual_tokens < 3 * TILE
+    assert len(sample.kept) == 10 and len(sample.slots) == sample.visual_tokens
+    assert seen[0].shape[1] == len(ids[0]) - sample.visual_tokens + 10
+    newline = model.model.image_newline
+    assert int((seen[0][0] == newline).all(-1).sum()) == newlines
+    assert sample.grids == [None]
+
+
+@every_family
+def test_encoder_choices_are_the_same_patches_after_packing(family):
+    """What an encoder strategy keeps of each tile is what enters the decoder, at its place in the packed picture."""
+    from dataclasses import dataclass
+
+    from vtprune.pruner import Keep, Needs
+
+    @dataclass
+    class Fixed(vtprune.Pruner):
+        keep: int = 20
+        name = "fixed"
+
+        def encode_needs(self, encoder):
+            return {encoder.depth - 1: Needs()}
+
+        def encode(self, view):
+            assert view.part[1] == 3 and view.target(self.keep) in (6, 7)
+            chosen.append(view.part)
+            return Keep((torch.arange(view.target(self.keep)) * 5 + view.part[0]).expand(len(view.index), -1))
+
+    chosen = []
+    model = model_of(family, "sdpa")
+    pixels, sizes, _ = picture(family, 0)
+    with torch.no_grad():
+        whole = model.model.get_image_features(pixels, sizes, return_dict=True).pooler_output[0]
+        with vtprune.pruning(model, Fixed()):
+            output = model.model.get_image_features(pixels, sizes, return_dict=True)
+    record = output.pooler_output[0]._vtprune
+    assert chosen == [(0, 3), (1, 3), (2, 3)]
+    slots = record.layout.visual[record.item.index]
+    assert record.item.index.tolist() == sorted(record.item.index.tolist()) and len(slots) <= 20
+    torch.testing.assert_close(output.pooler_output[0][slots], whole[slots], atol=1e-5, rtol=1e-5)
+    others = torch.ones(len(whole), dtype=torch.bool)
+    others[slots] = False
+    newlines = torch.ones(len(whole), dtype=torch.bool)
+    newlines[record.layout.visual] = False
+    assert not output.pooler_output[0][others & ~newlines].any()
+    torch.testing.assert_close(output.pooler_output[0][newlines], whole[newlines])
+
+
+def test_a_budget_below_one_token_a_tile_is_refused():
+    model = model_of("next", "sdpa")
+    ids, given = inputs_of("next", PROMPTS[:1])
+    with vtprune.pruning(model, "flowcut", keep=2), pytest.raises(vtprune.BudgetError, match="3 tiles"):
+        model(**batch(ids), **joined(given))
+
+
+@every_family
+def test_a_second_turn_with_another_picture(family):
+    model = model_of(family, "sdpa")
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    (first, more), (one, two) = inputs_of(family, [[2, "A", 5], [3, "B", 2]])
+    pruner = vtprune.create("divprune+fastv", keep=20, layer=1)
+    with vtprune.pruning(model, pruner) as session:
+        watch = Watch(model, pruner)
+        out = model.generate(
+            input_ids=torch.tensor([first]), **one, past_key_values=DynamicCache(config=model.config.text_config), **options
+        )
+        said = out.sequences[0, len(first) :].tolist()
+        turns = [watch.turn(first, said[:-1], session.report.samples[0], one["pixel_values"], 0, 0)]
+        watch.close()
+        watch = Watch(model, pruner)
+        whole = torch.tensor([first + said + more[1:]])
+        again = model.generate(input_ids=whole, **two, past_key_values=out.past_key_values, **options)
+        answer = again.sequences[0, whole.shape[1] :].tolist()
+        turns.append(watch.turn(said[-1:] + more[1:], answer, session.report.samples[0], two["pixel_values"], 0, 0))
+        watch.close()
+    for turn, given in zip(turns, (one, two), strict=True):
+        turn.extra = {"image_sizes": given["image_sizes"]}
+    expected = oracle_logits(model, turns, compact=True)[whole.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(again.logits, 1)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_shares_of_a_tiled_budget():
+    view = vtprune.EncodeView(torch.zeros(1, 36, dtype=torch.long), (36,), {}, part=(1, 3))
+    assert [view.target(20), view.target(0.5), view.target(1000)] == [7, budget_tokens(0.5, 36), 36]
