@@ -683,7 +683,7 @@ def _figure(result: dict[str, Any], x: str, label: str, path: Path) -> None:
         axes[0, column].set(title=title)
         axes[1, column].set(xlabel=label)
         if bare:
-            axes[1, column].set_ylim(bare["all"]["mean"] - NEAR, bare["all"]["mean"] + NEAR / 3)
+            axes[1, column].set_ylim(bare["all"]["mean"] - NEAR, max(r["all"]["high"] for r in shown) + 0.5)
         axes[1, column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=9)
     axes[0, 0].set_ylabel("all types but reading, % right")
     axes[1, 0].set_ylabel("the same, near the unpruned model")

@@ -91,6 +91,43 @@ def tiny_tiled(family: str, attn: str = "sdpa", seed: int = 0):
     return model
 
 
+def tiny_qwen(attn: str = "sdpa", seed: int = 0, version: str = "2.5"):
+    """A tiny Qwen2-VL or Qwen2.5-VL: two vision blocks, four decoder layers, three-axis positions."""
+    import transformers
+
+    torch.manual_seed(seed)
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    vision = {"depth": 2, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    if version == "2.5":
+        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "window_size": 32, "fullatt_block_indexes": [1]}
+        config_class, model_class = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
+    else:
+        vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+        config_class, model_class = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
+    tokens = {"image_token_id": IMAGE, "video_token_id": 98, "vision_start_token_id": 97, "vision_end_token_id": 96}
+    config = config_class(text_config=text, vision_config=vision, **tokens)
+    model = model_class._from_config(config, attn_implementation=attn).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.generation_config.suppress_tokens = [96, 97, 98, IMAGE]
+    return model
+
+
 def vision_blocks(model):
     """The vision encoder's blocks; older transformers put one more module in between."""
     tower = model.model.vision_tower

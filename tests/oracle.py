@@ -160,11 +160,11 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
                 hidden[0, at] = vector
             readable = torch.where(queries >= after[None, :], late[layer][None, :], alive[layer][None, :])
             allowed = (causal & readable) | torch.eye(length, dtype=torch.bool)
-            positions = origin[layer]
+            # the full model's own positions, which moved tokens take along
+            rope = tuple(part[:, origin[layer]] for part in kwargs["position_embeddings"])
             if compact:
                 gone = (~alive[layer]).long()
-                positions = torch.arange(length) - (gone.cumsum(0) - gone)
-            rope = rotary(hidden, position_ids=positions[None])
+                rope = rotary(hidden, position_ids=(torch.arange(length) - (gone.cumsum(0) - gone))[None])
             mask = _mask(model, allowed[None, None], "text")
             return (hidden, *args[1:]), {**kwargs, "attention_mask": mask, "position_embeddings": rope}
 
@@ -177,6 +177,8 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
         with torch.no_grad(), _features_of(model, turns):
             extra = {name: torch.cat([turn.extra[name] for turn in turns if name in turn.extra]) for name in turns[0].extra}
             seen = torch.cat(pixels) if pixels else None
+            if "image_grid_thw" in extra:
+                extra["mm_token_type_ids"] = (torch.tensor([ids]) == IMAGE).long()
             out = model(input_ids=torch.tensor([ids]), pixel_values=seen, **extra, use_cache=False)
     finally:
         for handle in handles:
@@ -198,6 +200,7 @@ class Watch:
         self.targets: dict[int, set[int]] = {}
         self._model, self._undo = model, []
         base = model.model
+        self.sealed = hasattr(base, "visual")
         self._wrapped = base.get_image_features
 
         @functools.wraps(self._wrapped)  # generate() reads its signature
@@ -245,8 +248,8 @@ class Watch:
     def turn(self, prompt: list[int], generated: list[int], sample: SampleReport, pixels, row: int, first: int) -> Turn:
         """The turn of sample `row`, whose first image is the run's image `first`."""
         turn = Turn(prompt, generated, sample, pixels)
-        # masks per tile would need the packing undone
-        if self.remade or sample.slots is not None:
+        # masks per tile would need the packing undone; a sealed encoder has no masks
+        if self.remade or sample.slots is not None or self.sealed:
             turn.features = self.features[first : first + len(sample.images)]
         for layer, tokens in self.targets.items():
             if sample.images:

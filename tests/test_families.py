@@ -1,4 +1,4 @@
-"""The promises on families whose pictures go in as tiles, packed with newline embeddings between rows."""
+"""The promises on families whose pictures go in as tiles with newlines between rows, or at any size with 3-axis positions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from models import GRID, IMAGE, batch, images, prompt, tiny_tiled
+from models import GRID, IMAGE, batch, images, prompt, tiny_qwen, tiny_tiled
 from oracle import Watch, oracle_logits
 from transformers import DynamicCache
 
@@ -31,45 +31,67 @@ STRATEGIES = {
     "random+fastv+evict": lambda: vtprune.create("random+fastv+evict", keep=30, layer=1),
 }
 CLS = {"flowcut", "visionzip", "mustdrop"}
-every_family = pytest.mark.parametrize("family", ["next", "onevision"])
+TILED = ["next", "onevision"]
+every_family = pytest.mark.parametrize("family", [*TILED, "qwen2", "qwen2.5"])
+every_tiled = pytest.mark.parametrize("family", TILED)
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 every_kernel = pytest.mark.parametrize("attn", ["sdpa", "eager"])
-every_positions = pytest.mark.parametrize("positions", ["original", "compact"])
 
 
 @lru_cache
 def model_of(family: str, attn: str):
-    return tiny_tiled(family, attn)
+    return tiny_qwen(attn, version=family[4:]) if family.startswith("qwen") else tiny_tiled(family, attn)
 
 
 @lru_cache
-def picture(family: str, which: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """pixel_values [1, tiles, 3, side, side] padded to five tiles, image_sizes [1, 2], and placeholders in the prompt."""
+def picture(family: str, which: int) -> tuple[dict[str, torch.Tensor], int]:
+    """What the processor would make of a picture, and its placeholders in the prompt."""
+    if family.startswith("qwen"):
+        rows, columns = ((8, 12), (12, 10))[which]
+        generator = torch.Generator().manual_seed(which)
+        pixels = torch.randn(rows * columns, 3 * 2 * 8 * 8, generator=generator) * 0.3
+        pixels[: columns * 2] += 1.0
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, rows, columns]])}, rows * columns // 4
     tiles = 3 if which == 0 else 5
     pixels = torch.zeros(1, 5, 3, SIDE, SIDE)
     pixels[0, :tiles] = images(tiles, seed=which)
-    sizes = torch.tensor([SIZES[which]])
+    given = {"pixel_values": pixels, "image_sizes": torch.tensor([SIZES[which]])}
     with torch.no_grad():
-        features = model_of(family, "sdpa").model.get_image_features(pixels, sizes, return_dict=True).pooler_output
-    return pixels, sizes, len(features[0])
+        features = model_of(family, "sdpa").model.get_image_features(**given, return_dict=True).pooler_output
+    return given, len(features[0])
 
 
 def inputs_of(family: str, prompts: list[list[int | str]]) -> tuple[list[list[int]], list[dict[str, torch.Tensor]]]:
-    """Token ids, and pixels with sizes, of prompts in which "A" and "B" stand for the two pictures."""
+    """Token ids, and what goes with them, of prompts in which "A" and "B" stand for the two pictures."""
     ids, given = [], []
     for parts in prompts:
-        row, pixels, sizes = [1], [], []
+        row, seen = [1], []
         for part in parts:
             if part in ("A", "B"):
-                pixel, size, count = picture(family, "AB".index(part))
-                row += [IMAGE] * count
-                pixels.append(pixel)
-                sizes.append(size)
+                one, count = picture(family, "AB".index(part))
+                row += [97, *[IMAGE] * count, 96] if family.startswith("qwen") else [IMAGE] * count
+                seen.append(one)
             else:
                 row += prompt(part)[1:]
         ids.append(row)
-        given.append({"pixel_values": torch.cat(pixels), "image_sizes": torch.cat(sizes)})
+        given.append(joined(seen))
     return ids, given
+
+
+def fed(ids, given) -> dict[str, torch.Tensor]:
+    """Everything that the model takes."""
+    inputs = {**batch(ids), **joined(given)}
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+    return inputs
+
+
+def besides(one: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in one.items() if name != "pixel_values"}
+
+
+def choices(family: str) -> list[str | None]:
+    return [None] if family.startswith("qwen") else ["original", "compact"]
 
 
 def joined(given: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -79,8 +101,7 @@ def joined(given: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 def run(model, ids, given, pruner=None, positions=None, steps=4, **options):
     def generate():
         return model.generate(
-            **batch(ids),
-            **joined(given),
+            **fed(ids, given),
             max_new_tokens=steps,
             min_new_tokens=steps,
             do_sample=False,
@@ -106,7 +127,7 @@ PROMPTS = [[2, "A", 5], [3, "B", 2, "A", 4], [1, "B", 7]]
 
 def applies(family: str, strategy: str) -> None:
     """Skip what refuses an encoder without a class token; test_errors.py holds the refusal."""
-    if family == "onevision" and strategy in CLS:
+    if family != "next" and strategy in CLS:
         with pytest.raises(vtprune.UnsupportedError, match="cls"):
             vtprune.wrap(model_of(family, "sdpa"), STRATEGIES[strategy]())
         pytest.skip("needs a class token")
@@ -124,25 +145,25 @@ def test_keep_all_is_bit_identical(family, strategy):
     tokens, logits, _, _ = run(model, ids, given)
     kept, pruned, report, _ = run(model, ids, given, everything)
     assert torch.equal(tokens, kept) and torch.equal(logits, pruned)
-    assert all(len(s.kept) == s.visual_tokens < row.count(IMAGE) for s, row in zip(report.samples, ids, strict=True))
+    assert all(len(s.kept) == s.visual_tokens <= row.count(IMAGE) for s, row in zip(report.samples, ids, strict=True))
 
 
 @every_family
 @every_strategy
 @every_kernel
-@every_positions
-def test_masking_equals_removing(family, strategy, attn, positions):
+def test_masking_equals_removing(family, strategy, attn):
     applies(family, strategy)
     model = model_of(family, attn)
     ids, given = inputs_of(family, PROMPTS)
-    tokens, logits, report, watch = run(model, ids, given, STRATEGIES[strategy](), positions)
-    first = 0
-    for row, one in enumerate(given):
-        turn = watch.turn(ids[row], tokens[row].tolist(), report.samples[row], one["pixel_values"], row, first)
-        turn.extra = {"image_sizes": one["image_sizes"]}
-        first += len(one["pixel_values"])
-        expected = oracle_logits(model, [turn], positions == "compact")[len(ids[row]) - 1 : -1]
-        torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
+    for positions in choices(family):
+        tokens, logits, report, watch = run(model, ids, given, STRATEGIES[strategy](), positions)
+        first = 0
+        for row, one in enumerate(given):
+            turn = watch.turn(ids[row], tokens[row].tolist(), report.samples[row], one["pixel_values"], row, first)
+            turn.extra = besides(one)
+            first += len(report.samples[row].images)
+            expected = oracle_logits(model, [turn], positions == "compact")[len(ids[row]) - 1 : -1]
+            torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
 
 
 @every_family
@@ -172,7 +193,7 @@ def test_cached_equals_uncached(family, strategy):
     torch.testing.assert_close(cached[1], uncached[1], atol=1e-4, rtol=1e-4)
 
 
-@every_family
+@every_tiled
 def test_numbers_are_patches_and_newlines_stay(family):
     """Visual tokens are the unpadded patches in packed order; separators are counted nowhere and always there."""
     model = model_of(family, "sdpa")
@@ -180,7 +201,7 @@ def test_numbers_are_patches_and_newlines_stay(family):
     with torch.no_grad(), vtprune.pruning(model, "random", keep=10) as session:
         seen = []
         model.model.language_model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        model(**batch(ids), **joined(given))
+        model(**fed(ids, given))
     sample = session.report.samples[0]
     newlines = ids[0].count(IMAGE) - sample.visual_tokens
     # one per row of the unpadded picture, whose padding is no patch either
@@ -192,7 +213,7 @@ def test_numbers_are_patches_and_newlines_stay(family):
     assert sample.grids == [None]
 
 
-@every_family
+@every_tiled
 def test_encoder_choices_are_the_same_patches_after_packing(family):
     """What an encoder strategy keeps of each tile is what enters the decoder, at its place in the packed picture."""
     from dataclasses import dataclass
@@ -214,11 +235,11 @@ def test_encoder_choices_are_the_same_patches_after_packing(family):
 
     chosen = []
     model = model_of(family, "sdpa")
-    pixels, sizes, _ = picture(family, 0)
+    given, _ = picture(family, 0)
     with torch.no_grad():
-        whole = model.model.get_image_features(pixels, sizes, return_dict=True).pooler_output[0]
+        whole = model.model.get_image_features(**given, return_dict=True).pooler_output[0]
         with vtprune.pruning(model, Fixed()):
-            output = model.model.get_image_features(pixels, sizes, return_dict=True)
+            output = model.model.get_image_features(**given, return_dict=True)
     record = output.pooler_output[0]._vtprune
     assert chosen == [(0, 3), (1, 3), (2, 3)]
     slots = record.layout.visual[record.item.index]
@@ -236,10 +257,57 @@ def test_a_budget_below_one_token_a_tile_is_refused():
     model = model_of("next", "sdpa")
     ids, given = inputs_of("next", PROMPTS[:1])
     with vtprune.pruning(model, "flowcut", keep=2), pytest.raises(vtprune.BudgetError, match="3 tiles"):
-        model(**batch(ids), **joined(given))
+        model(**fed(ids, given))
 
 
-@every_family
+def test_what_a_sealed_encoder_refuses():
+    model = model_of("qwen2.5", "sdpa")
+
+    class Inside(vtprune.FlowCut):
+        requires = frozenset()
+
+    with pytest.raises(vtprune.UnsupportedError, match="merges patches two by two"):
+        vtprune.wrap(model, Inside(keep=10))
+    with pytest.raises(vtprune.UnsupportedError, match="positions='compact' on Qwen-VL"):
+        vtprune.wrap(model, "divprune", keep=10, positions="compact")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2.5"])
+def test_grids_of_any_shape(family):
+    model = model_of(family, "sdpa")
+    ids, given = inputs_of(family, PROMPTS[1:2])
+    with torch.no_grad(), vtprune.pruning(model, "todre", keep=8) as session:
+        model(**fed(ids, given))
+    sample = session.report.samples[0]
+    assert sample.grids == [(6, 5), (4, 6)] and sample.images == [30, 24] and len(sample.kept) == 16
+    assert session.report.positions == "original" and any("pivot is random" in note for note in session.report.notes)
+    assert session.report.flops < session.report.flops_full
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2.5"])
+def test_chat_goes_on_over_the_same_cache(family):
+    """Positions go on where the unpruned conversation's would: rope_deltas and logical lengths are untouched."""
+    model = model_of(family, "sdpa")
+    ids, given = inputs_of(family, PROMPTS[:1])
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    follow = [7, 8, 9]
+    for keep in (1.0, 10):
+        pruner = vtprune.FastV(keep=keep, layer=1) if keep == 1.0 else vtprune.DivPrune(keep=keep)
+        with vtprune.pruning(model, pruner) as session:
+            watch = Watch(model, pruner)
+            one = model.generate(**fed(ids, given), past_key_values=DynamicCache(config=model.config.text_config), **options)
+            said = one.sequences[0, len(ids[0]) :].tolist()
+            turn = watch.turn(ids[0], [*said, *follow], session.report.samples[0], given[0]["pixel_values"], 0, 0)
+            watch.close()
+            whole = torch.tensor([ids[0] + said + follow])
+            two = model.generate(input_ids=whole, past_key_values=one.past_key_values, **options)
+        turn.generated += two.sequences[0, whole.shape[1] :].tolist()
+        turn.extra = besides(given[0])
+        expected = oracle_logits(model, [turn], compact=False)[whole.shape[1] - 1 : -1]
+        torch.testing.assert_close(torch.stack(two.logits, 1)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@every_tiled
 def test_a_second_turn_with_another_picture(family):
     model = model_of(family, "sdpa")
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -260,7 +328,7 @@ def test_a_second_turn_with_another_picture(family):
         turns.append(watch.turn(said[-1:] + more[1:], answer, session.report.samples[0], two["pixel_values"], 0, 0))
         watch.close()
     for turn, given in zip(turns, (one, two), strict=True):
-        turn.extra = {"image_sizes": given["image_sizes"]}
+        turn.extra = besides(given)
     expected = oracle_logits(model, turns, compact=True)[whole.shape[1] - 1 : -1]
     torch.testing.assert_close(torch.stack(again.logits, 1)[0], expected, atol=1e-4, rtol=1e-4)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 import itertools
 import random
-import resource
 import struct
 import subprocess
 import sys
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ av = pytest.importorskip("av")
 def usable(codec):
     try:
         av.codec.Codec(codec, "w")
-    except Exception:
+    except ValueError:
         return False
     return True
 
@@ -39,18 +40,26 @@ KINDS = [
         ("webm", "libvpx-vp9"),
         ("avi", "mpeg4"),
         ("ts", "mpeg2video"),
+        ("ts", "libx264"),
+        ("flv", "flv"),
+        ("avi", "libx264"),
+        ("mpg", "mpeg2video"),
+        ("mp4", "libx265"),
+        ("ogv", "libtheora"),
+        ("wmv", "wmv2"),
         ("mov", "mjpeg"),
     ]
 ]
 
 
-def shade(i):
-    """A grey that tells frame i from its neighbours, far enough apart for lossy codecs."""
-    return 20 + i * 53 % 220
+def marked(i, width=64, height=48):
+    """[height, width, 3]: the bits of i as eight white or black bars, which lossy codecs keep apart."""
+    bits = np.array([i >> bit & 1 for bit in range(8)], dtype=np.uint8) * 255
+    return np.repeat(np.broadcast_to(np.repeat(bits, width // 8), (height, width))[:, :, None], 3, axis=2)
 
 
 def encode(path, stamps, codec="mpeg4", size=(64, 48), rate=10, gop=12, painted=None, audio=False, base=None, options=None):
-    """A clip with frame i, all of shade(i), shown from tick stamps[i] of 1 / rate s."""
+    """A clip with frame i, marked so, shown from tick stamps[i] of 1 / rate s."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height = size
@@ -61,7 +70,7 @@ def encode(path, stamps, codec="mpeg4", size=(64, 48), rate=10, gop=12, painted=
         stream.options = {"speed": "8", "deadline": "realtime"} if "vp9" in codec else dict(options or {})
         sound = container.add_stream("aac", rate=16000) if audio else None
         for i, stamp in enumerate(stamps):
-            pixels = np.full((size[1], size[0], 3), shade(i), dtype=np.uint8) if painted is None else painted(i)
+            pixels = marked(i % 256, *size) if painted is None else painted(i)
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts = stamp
             if base is not None:
@@ -78,11 +87,10 @@ def encode(path, stamps, codec="mpeg4", size=(64, 48), rate=10, gop=12, painted=
 
 
 def seen(frame):
-    """Which frame this is, by its shade."""
-    image = frame.image
-    assert image.mode == "RGB"
-    value = np.asarray(image).mean()
-    return min(range(220), key=lambda i: (abs(shade(i) - value), i))
+    """The number that `marked` wrote into a frame."""
+    assert frame.image.mode == "RGB"
+    bars = np.asarray(frame.image).mean(axis=(0, 2)).reshape(8, -1).mean(1)
+    return sum(1 << bit for bit in range(8) if bars[bit] > 128)
 
 
 def quiet(call):
@@ -329,7 +337,7 @@ def test_a_missing_end(tmp_path, ending):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
     video = open_video(path)
-    with pytest.warns(VideoNote, match=r"claims 20\.\d\d s, but its frames end at 1[12]"):
+    with pytest.warns(VideoNote, match=r"claims [12]\d\.\d\d s, but its frames end at 1[12]"):
         frames = list(video.frames())
     assert 100 < len(frames) < 130 and video.notes
     # said once; the length is now the true one
@@ -395,7 +403,7 @@ def test_no_frames(tmp_path):
 
 def test_limits(tmp_path):
     path = encode(tmp_path / "a.mp4", range(30))
-    with pytest.raises(VideoError, match=r"64 x 48 pixels; the limit is 1000 pixels"):
+    with pytest.raises(VideoError, match=r"64 x 48 pixels; the limit is 1000 pixels \(max_pixels\)"):
         open_video(path, max_pixels=1000)
     with pytest.raises(VideoError, match=r"lasts 3 s; the limit is 2 s \(max_seconds\)"):
         open_video(path, max_seconds=2)
@@ -410,7 +418,7 @@ def test_limits(tmp_path):
 
 def test_what_is_asked_is_checked(tmp_path):
     for video in (open_video(encode(tmp_path / "a.mp4", range(10))), open_video([Image.new("RGB", (4, 4))] * 10)):
-        with pytest.raises(VideoError, match="frame 10 of .*10 frames"):
+        with pytest.raises(VideoError, match=r"frame 10 of .*10 frames"):
             video.frames([3, 10])
         with pytest.raises(VideoError, match="ascend"):
             video.frames([3, 1])
@@ -428,7 +436,7 @@ def test_what_is_asked_is_checked(tmp_path):
 
 def test_a_folder(tmp_path):
     for i in (2, 10, 1):
-        Image.new("RGB", (8, 6), (shade(i),) * 3).save(tmp_path / f"f{i}.png")
+        Image.fromarray(marked(i, 8, 6)).save(tmp_path / f"f{i}.png")
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / ".hidden.png").write_text("no picture")
     video = open_video(tmp_path, rate=2)
@@ -437,7 +445,7 @@ def test_a_folder(tmp_path):
     assert [f.time for f in video.frames()] == [0.0, 0.5, 1.0]
     assert [seen(f) for f in video.frames(times=[0.4, 0.5, 7])] == [1, 2, 10]
     (tmp_path / "f3.png").write_bytes((tmp_path / "f1.png").read_bytes()[:40])
-    with pytest.raises(VideoError, match=r"picture 2 of .*f3\.png.*broken"):
+    with pytest.raises(VideoError, match=r"picture 2 of .*f3\.png"):
         list(open_video(tmp_path).frames())
     for rate in (0, -1, float("nan"), "fast"):
         with pytest.raises(VideoError, match="rate="):
@@ -445,22 +453,22 @@ def test_a_folder(tmp_path):
 
 
 def test_lists_and_arrays(tmp_path):
-    Image.new("RGB", (8, 6), (shade(1),) * 3).save(tmp_path / "a.png")
-    grey = np.full((6, 8), shade(3), np.uint8)
+    Image.fromarray(marked(1, 8, 6)).save(tmp_path / "a.png")
+    channels_first = [torch.from_numpy(marked(i, 8, 6)).permute(2, 0, 1) for i in range(8)]
     items = [
-        Image.new("L", (8, 6), shade(0)),
+        Image.fromarray(marked(0, 8, 6)).convert("L"),
         tmp_path / "a.png",
-        np.full((6, 8, 3), shade(2) / 255, np.float32),
-        grey,
-        torch.full((3, 6, 8), shade(4), dtype=torch.uint8),
-        torch.full((1, 6, 8), shade(5), dtype=torch.int64),
-        torch.full((3, 6, 8), shade(6) / 255).bfloat16(),
-        np.dstack([np.full((6, 8, 3), shade(7), np.uint8), np.full((6, 8, 1), 255, np.uint8)]),
+        (marked(2, 8, 6) / 255).astype(np.float32),
+        marked(3, 8, 6)[:, :, 0],
+        channels_first[4],
+        channels_first[5][:1].long(),
+        (channels_first[6] / 255).bfloat16(),
+        np.dstack([marked(7, 8, 6), np.full((6, 8, 1), 255, np.uint8)]),
     ]
     video = open_video(items)
     assert [seen(f) for f in video.frames()] == list(range(8))
     assert all(f.image.size == (8, 6) for f in video.frames())
-    clip = np.stack([np.full((6, 8, 3), shade(i), np.uint8) for i in range(5)])
+    clip = np.stack([marked(i, 8, 6) for i in range(5)])
     for array in (clip, torch.from_numpy(clip), torch.from_numpy(clip).permute(0, 3, 1, 2), list(clip)):
         assert [seen(f) for f in open_video(array).frames()] == list(range(5))
     assert open_video(Image.new("RGB", (4, 4))).count == 1
@@ -469,7 +477,7 @@ def test_lists_and_arrays(tmp_path):
         "shape": np.zeros((3, 4, 5, 6, 7)),
         "holds no picture": [],
         "NoneType": [None],
-        "picture 0 of the sequence has shape": [np.zeros((4, 5, 7), np.uint8)],
+        "picture 0 of the sequence has shape": [np.zeros((2, 5, 7), np.uint8)],
         "values in": [np.full((4, 4), 300)],
         "give uint8": [np.full((4, 4), np.nan)],
         "in 0 .. 1": [np.full((4, 4, 3), 200.0)],
@@ -481,7 +489,7 @@ def test_lists_and_arrays(tmp_path):
 
 
 def animation(path, durations, **options):
-    frames = [Image.new("RGB", (16, 12), (shade(i),) * 3) for i in range(len(durations))]
+    frames = [Image.fromarray(marked(i, 16, 12)) for i in range(len(durations))]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
     return path
 
@@ -508,7 +516,7 @@ def test_a_gif_without_times_and_a_still(tmp_path):
 
 
 def test_a_png_with_a_cover(tmp_path):
-    frames = [Image.new("RGB", (16, 12), (shade(i),) * 3) for i in range(3)]
+    frames = [Image.fromarray(marked(i, 16, 12)) for i in range(3)]
     Image.new("RGB", (16, 12), "white").save(tmp_path / "a.png", save_all=True, append_images=frames, default_image=True)
     assert [seen(f) for f in open_video(tmp_path / "a.png").frames()] == [0, 1, 2]
 
@@ -558,16 +566,20 @@ print(peak() - before)
 
 
 def test_an_hour_in_bounded_memory(tmp_path):
-    # 3600 frames of 320 x 240 are 830 MB decoded
-    path = encode(tmp_path / "a.mp4", range(3600), size=(320, 240), rate=1, gop=60)
+    # 3600 frames of 128 x 96 are 133 MB decoded
+    path = encode(tmp_path / "a.mp4", range(3600), size=(128, 96), rate=1, gop=60)
     done = subprocess.run([sys.executable, "-c", HOUR, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 80  # MB
+    assert float(done.stdout) < 40  # MB
 
 
 def test_ten_thousand_pictures_are_not_held():
     pixels = torch.zeros(10_000, 1, 1, 3, dtype=torch.uint8).expand(-1, 64, 64, -1)  # no memory of their own
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     video = open_video(pixels, rate=30)
-    assert isinstance(video, Video) and sum(1 for _ in video.frames()) == 10_000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
+    assert isinstance(video, Video) and video.count == 10_000
+    alive = collections.Counter()
+    for frame in video.frames():
+        alive["now"] += 1
+        weakref.finalize(frame.image, alive.subtract, ["now"])
+        assert alive["now"] <= 3
+    assert frame.index == 9_999

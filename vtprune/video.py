@@ -441,6 +441,8 @@ class _File(Video):
         self.origin = 0
         self.cut: int | None = None  # the tick where the frames end, if before the claimed end
         self._pts: array | None = None
+        self._packets = 0
+        self.stamped = True
         super().__init__(name, (0, 0), 0.0, None, None)
         with _Reader(self) as reader:
             stream, container = reader.stream, reader.container
@@ -450,18 +452,19 @@ class _File(Video):
             if found is None:
                 raise VideoError(f"{name!r} has a video stream, but no frame of it can be decoded: it is empty or broken.")
             self.size = self.image(found[1]).size
-            # raw streams have no time stamps: their frames are counted
-            self.stamped = found[1].pts is not None and stream.time_base is not None
+            # raw streams have no time stamps, and AVI has them in decoding order only: their frames are counted
+            reordered = "avi" in container.format.name.split(",") and bool(stream.codec_context.has_b_frames)
+            self.stamped = found[1].pts is not None and stream.time_base is not None and not reordered
             self.tick = stream.time_base if self.stamped else 1 / Fraction(rate or 25)
-            self.origin = found[0]
+            self.origin = found[0] if self.stamped else 0
             self.count = stream.frames or None
             if stream.duration and self.stamped:
                 start = self.origin if stream.start_time is None else stream.start_time
                 self.duration = float((start + stream.duration - self.origin) * self.tick)
-            elif container.duration and self.stamped:
-                start = container.start_time or 0
-                self.duration = float(Fraction(start + container.duration, 1_000_000) - self.origin * self.tick)
-            lasting = float((getattr(found[1], "duration", 0) or 0) * self.tick)
+            elif container.duration and self.stamped and abs(self.origin * self.tick) < 0.5:
+                # containers differ in whether this counts from 0 or from their start: after a late start a pass decides
+                self.duration = float(Fraction(container.duration, 1_000_000))
+            lasting = float((_lasting(found[1]) if self.stamped else 1) * self.tick)
         if self.duration <= 0 or not math.isfinite(self.duration):
             self.duration = self._scanned_end()
         self.duration = max(self.duration, lasting, 1e-3)
@@ -488,7 +491,7 @@ class _File(Video):
                             pts.append(packet.pts)
                 self._packets = packets
             complete = self.stamped and len(pts) == packets
-            self._pts = array("q", sorted(set(pts))) if complete else array("q")
+            self._pts = array("q", sorted({p for p in pts if p >= self.origin})) if complete else array("q")
         return len(self._pts) or self._packets
 
     def _scanned_end(self) -> float:
@@ -588,7 +591,7 @@ _MATRIX_TURNS = {
 
 def _turn(frame: Any) -> Image.Transpose | None:
     """What makes a frame upright by its display matrix; None if it is, or for angles between the quarter turns."""
-    matrix = next((bytes(data) for data in frame.side_data.values() if data.type.name == "DISPLAYMATRIX"), None)
+    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
     if matrix is None or len(matrix) < 36:
         return None
     a, b, _, c, d = struct.unpack("=9i", matrix[:36])[:5]
@@ -630,8 +633,8 @@ class _Reader:
         try:
             # an open file, not its path, which FFmpeg would search for protocols; nor may it open further ones
             self.file = self.video.path.open("rb")
-            options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none", "max_pixels": str(self.video.max_pixels)}
-            self.container = self.av.open(self.file, options=options, metadata_errors="replace")
+            options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
+            self.container = self.av.open(self.file, container_options=options, metadata_errors="replace")
         except (self.av.error.FFmpegError, OSError) as error:
             raise VideoError(f"{name!r} cannot be read as a video: {_found(self.video.head)}.") from error
         streams = [s for s in self.container.streams.video if not _cover(s)]
@@ -679,12 +682,12 @@ class _Reader:
             return None
         step = self.video.step
         if self.clock is None:
-            self.clock = frame.pts if frame.pts is not None else 0
-        elif frame.pts is not None and frame.pts > self.clock:
+            self.clock = frame.pts if self.video.stamped and frame.pts is not None else 0
+        elif self.video.stamped and frame.pts is not None and frame.pts > self.clock:
             self.clock = frame.pts
         else:  # none, or stamps that start again within the file
             self.clock += step
-        self.end = max(self.end, self.clock + max(getattr(frame, "duration", 0) or 0, step))
+        self.end = max(self.end, self.clock + max(_lasting(frame) if self.video.stamped else 0, step))
         return self.clock, frame
 
     def jump(self, target: int, here: int) -> tuple[int, Any]:
@@ -718,9 +721,14 @@ class _Reader:
                 if frame.pts is None:
                     return None
                 self.clock = frame.pts
-                self.end = max(self.end, frame.pts + self.video.step)
+                self.end = max(self.end, frame.pts + max(_lasting(frame), self.video.step))
                 return frame.pts, frame
         return None
+
+
+def _lasting(frame: Any) -> int:
+    """How many ticks a frame says it lasts, 0 where it or this PyAV does not say."""
+    return getattr(frame, "duration", 0) or 0
 
 
 def _cover(stream: Any) -> bool:

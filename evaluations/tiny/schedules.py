@@ -281,6 +281,28 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+GROUPS = (
+    (
+        "gsearch",
+        "### G-Search and FastV",
+        (
+            "FastV cuts once, before layer 2, by the last prompt token's attention (\"last token's score\"); G-Search by that of",
+            "all text after the picture (\"text's score\"). Rows with the other's score tell schedule and score apart. The first",
+            "budget is the schedule's as found, the others scale its curve (`GSearch(keep=K)`).",
+        ),
+    ),
+    (
+        "psigmoid",
+        "### P-Sigmoid",
+        (
+            'A line "from all" falls from 1 by the same step at every layer from the schedule\'s first on, to one token at the',
+            'least; "to none" starts at that first layer so low that it ends at nothing after the last. Both have P-Sigmoid\'s score',
+            "and mean. FastV cuts once, before the same first layer.",
+        ),
+    ),
+)
+
+
 def section(result: dict[str, Any], stored: dict[str, Stored]) -> str:
     """What stands between the markers."""
     setup, rows_ = result["setup"], result["rows"]
@@ -305,13 +327,13 @@ def section(result: dict[str, Any], stored: dict[str, Stored]) -> str:
         'Real `generate` calls, greedy, exact match in percent with 95 % intervals (bootstrap over pictures). "Tokens" is '
         "measured: the mean over decoder layers of visual tokens computed on.",
     ]
-    for group, head in (("gsearch", "### G-Search and FastV"), ("psigmoid", "### P-Sigmoid")):
+    for group, head, legend in GROUPS:
         cells = [
             [r["name"], f"{r['equivalent_tokens']:.2f}", f"{100 * r['equivalent_tokens'] / TOKENS:.1f} %",
              f"{r['accuracy']:.1f} [{r['low']:.1f}, {r['high']:.1f}]", f"{r['reading']:.1f}"]
             for r in rows_ if r["group"] in ("", group)
         ]  # fmt: skip
-        lines += ["", head, "", *_table(["strategy", "tokens", "mean keep", "accuracy", "reading"], cells, 1)]
+        lines += ["", head, "", *legend, "", *_table(["strategy", "tokens", "mean keep", "accuracy", "reading"], cells, 1)]
     cells = []
     for one in result["comparisons"]:
         other = one["other"] if one["factor"] == 1 else f"{one['factor']:g} x {one['other']}"

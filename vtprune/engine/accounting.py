@@ -156,7 +156,7 @@ def _flops(run: Pass) -> tuple[int, int]:
     full = stack_flops(decoder, [[(n, past + n) for n in fed]] * len(decoder))
     for encoding in {id(r.encoding): r.encoding for r in run.records if r.encoding is not None}.values():
         flops += stack_flops(encoder, [[(n, n) for n in lengths] for lengths in encoding.lengths])
-        full += stack_flops(encoder, [[(encoding.sequence,) * 2] * len(encoding.items)] * len(encoder))
+        full += stack_flops(encoder, [[(encoding.sequence,) * 2] * max(1, len(encoding.items))] * len(encoder))
     unique = {id(r): r for r in run.records}.values()
     flops += projector * sum(len(r.item.index) for r in unique)
     full += projector * sum(r.size for r in unique)

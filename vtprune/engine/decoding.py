@@ -159,6 +159,8 @@ class Pass:
             mask = None  # transformers makes its own 4-D masks for caches that it compiles; nothing will be cut here
         valid = self.fed_valid = self._read_mask(mask, past, length)
         self.logical = kwargs.get("position_ids")
+        if self.logical is not None and self.logical.ndim == 3 and self.logical.shape[0] == 4:
+            self.logical = self.logical[1:]  # the first axis only tells packed sequences apart
         if self.logical is None:
             self.logical = torch.arange(past, past + length, device=device)[None]
         index = torch.arange(length, device=device).expand(batch, -1)
@@ -404,7 +406,7 @@ class Pass:
                 dropped = stream.memo("dropped", lambda: stream.gone.sum(1))
                 cached.shift = stream.memo(("shift", id(shift)), lambda: dropped if shift is None else shift + dropped, shift)
         given = {"attention_mask": mask, "position_embeddings": rotary}
-        if "position_ids" in kwargs:
+        if kwargs.get("position_ids") is not None:
             # flash kernels read gaps in position ids as packed sequences; the rotation is already in the embeddings
             given["position_ids"] = None if "flash" in kernel else positions
         return given

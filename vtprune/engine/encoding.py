@@ -114,6 +114,11 @@ class Encoding:
             raise VtpruneError("the model packed other tiles than it was expected to.")
         return packing(**arguments)
 
+    def count(self, tokens: int) -> None:
+        """Note what a block of a sealed encoder runs on: all pictures' patches in one sequence."""
+        self.sequence = tokens
+        self.lengths.append([tokens])
+
     def before_block(self, block: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Note what the block runs on; hand it a mask where rows are padded."""
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -52,11 +52,19 @@ class Session:
     def __init__(self, model: nn.Module, pruner: Pruner, positions: str | None = None):
         if not isinstance(pruner, Pruner):
             raise TypeError(f"a strategy is a Pruner (see vtprune.available()), found {type(pruner).__name__}.")
-        positions = pruner.positions if positions is None else positions
-        if positions not in ("original", "compact"):
-            raise BudgetError(f"positions={positions!r}: 'original' or 'compact'.")
         self.model, self.pruner = model, pruner
         self.site = locate(model)
+        if positions is None:
+            # where a family knows one numbering alone, no paper's choice can be had
+            allowed = self.site.family.positions
+            positions = pruner.positions if pruner.positions in allowed else allowed[0]
+        if positions not in ("original", "compact"):
+            raise BudgetError(f"positions={positions!r}: 'original' or 'compact'.")
+        if positions not in self.site.family.positions:
+            raise UnsupportedError(
+                f"positions={positions!r} on {self.site.family.name}: a token's place in the picture is part of its position, so "
+                f"survivors cannot be numbered anew. Leave positions to the default."
+            )
         missing = pruner.requires - self.site.capabilities()
         if missing:
             raise UnsupportedError(
@@ -71,10 +79,15 @@ class Session:
         self.encoder: Pruner | None = None
         self.encode_needs, self.encode_depth = {}, 0
         if part["encode"]:
-            blocks = len(self.site.encoder_layers)
-            self.encode_depth = self.site.feature_depth(None)
+            blocks, sealed = len(self.site.encoder_layers), self.site.family.sealed
+            self.encode_depth = blocks if sealed else self.site.feature_depth(None)
             encoder = Encoder(self.encode_depth, blocks, "cls" in self.site.capabilities())
             self.encode_needs = dict(part["encode"].encode_needs(encoder))
+            if sealed and self.encode_needs:
+                raise UnsupportedError(
+                    f"{part['encode'].name} works inside the vision encoder, which {self.site.family.name} does not allow: "
+                    f"{sealed}. Use a strategy of another stage."
+                )
             self._check_layers(self.encode_needs, 0, blocks, "encode")
         if self.encode_needs:
             self.encoder = part["encode"]
@@ -143,6 +156,9 @@ class Session:
             if at in tapped:
                 self._undo.append(attach_tap(layer.self_attn, functools.partial(self._decoder_requests, at)))
         for at, block in enumerate(self.site.encoder_layers):
+            if self.site.family.sealed:
+                self._hook(block.register_forward_pre_hook, self._count_block, with_kwargs=True)
+                continue
             self._hook(block.register_forward_pre_hook, functools.partial(self._before_block, at), with_kwargs=True)
             need = self.encode_needs.get(at)
             if need is not None:
@@ -206,7 +222,6 @@ class Session:
             )
         call = getattr(self._local, "call", None)
         clock = call.clock if call is not None else new_clock(self.site.base)
-        config = self.site.encoder_layers[0].self_attn.config
         start = None
         if self.pruner.part("shrink") is not None:
             with clock.span("selection"):
@@ -217,7 +232,7 @@ class Session:
             self.encode_needs,
             self.encode_depth,
             self.site.special_tokens() if pruner is not None or start is not None else 0,
-            lambda: getattr(config, "kernel", config._attn_implementation),
+            self._encoder_kernel,
             self.site.grid,
             clock,
             start,
@@ -229,6 +244,8 @@ class Session:
         try:
             with clock.span("prefill" if call is None else "encode"):
                 output = original(*args, **kwargs, return_dict=True)
+            if self.site.family.layouts is not None:
+                encoding.layouts = self.site.family.layouts(self.site.base, given)
         finally:
             self._local.encoding = None
         with clock.span("selection"):
@@ -268,6 +285,16 @@ class Session:
             for record, feature in zip(before, features, strict=True):
                 feature._vtprune.replays = record.replays
         self._local.pixels = (weakref.ref(pixels), [f._vtprune for f in features])
+
+    def _encoder_kernel(self) -> str:
+        config = self.site.encoder_layers[0].self_attn.config
+        return getattr(config, "kernel", config._attn_implementation)
+
+    def _count_block(self, module, args, kwargs) -> None:
+        encoding = getattr(self._local, "encoding", None)
+        if encoding is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            encoding.count(hidden.numel() // hidden.shape[-1])
 
     def _before_block(self, block: int, module, args, kwargs):
         encoding = getattr(self._local, "encoding", None)

@@ -39,6 +39,7 @@ class Layout:
         patch: LongTensor [N], for each visual token the patch that it stands for, counted over all tiles; None where
             tokens are blends of patches (interpolated tiles).
         tiles: pictures that the encoder saw of it; patches: of each of them.
+        grid: (rows, columns) of its visual tokens where they form one grid that is not square.
     """
 
     placeholders: int
@@ -46,6 +47,7 @@ class Layout:
     patch: Tensor | None = None
     tiles: int = 1
     patches: int = 0
+    grid: tuple[int, int] | None = None
 
     @property
     def size(self) -> int:
@@ -91,6 +93,10 @@ class Family:
         resizable: vision model types whose position table can be interpolated to a smaller picture.
         tiles: (base model, arguments of `get_image_features`) -> tiles per image, for families that cut pictures into
             tiles and pack them with a `pack_image_features` method.
+        layouts: (base model, arguments of `get_image_features`) -> the images' layouts, for families whose encoder itself
+            decides how many tokens a picture makes.
+        sealed: why no token can leave inside the vision encoder, or "" if it can.
+        positions: what positions the decoder's embedding allows.
         norm, query, key: names of the norm, query and key projections within a decoder block and its `self_attn`.
     """
 
@@ -104,6 +110,9 @@ class Family:
     special_tokens: tuple[tuple[str, int], ...] = (("clip_vision_model", 1), ("siglip_vision_model", 0))
     resizable: tuple[str, ...] = ("clip_vision_model", "siglip_vision_model")
     tiles: Callable[[nn.Module, dict[str, Any]], list[int]] | None = None
+    layouts: Callable[[nn.Module, dict[str, Any]], list[Layout]] | None = None
+    sealed: str = ""
+    positions: tuple[str, ...] = ("original", "compact")
     norm: str = "input_layernorm"
     query: str = "q_proj"
     key: str = "k_proj"
@@ -201,8 +210,8 @@ class Site:
     def grid(self, tokens: int | Layout) -> tuple[int, int] | None:
         """(rows, columns) of an image of so many visual tokens or of this layout, or None if it is no one grid."""
         if isinstance(tokens, Layout):
-            if tokens.tiles > 1:
-                return None
+            if tokens.tiles > 1 or tokens.grid is not None:
+                return tokens.grid
             tokens = tokens.size
         side = math.isqrt(tokens)
         return (side, side) if side * side == tokens else None

@@ -1,0 +1,31 @@
+"""Qwen-VL: pictures of any size, patches merged two by two inside the vision tower, positions with three axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vtprune.families.base import Family, Layout
+
+
+def _merged_layouts(base: nn.Module, given: dict[str, Any]) -> list[Layout]:
+    merge = base.visual.spatial_merge_size
+    found = []
+    for frames, rows, columns in given["image_grid_thw"].tolist():
+        grid = (rows // merge, columns // merge)
+        found.append(Layout(frames * grid[0] * grid[1], grid=grid if frames == 1 else None))
+    return found
+
+
+QWEN_VL = Family(
+    name="Qwen-VL",
+    base_classes=("Qwen2VLModel", "Qwen2_5_VLModel"),
+    encoder_layers=("visual.blocks",),
+    projector=("visual.merger",),
+    special_tokens=(),
+    layouts=_merged_layouts,
+    sealed="its vision tower merges patches two by two and attends within windows, so they cannot leave one by one",
+    # a token's place in the picture is in its position: there is no other numbering of what is left
+    positions=("original",),
+)
