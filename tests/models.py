@@ -16,6 +16,7 @@ preencoding = pytest.mark.skipif(
 )
 
 IMAGE = 99
+VIDEO = 98
 GRID = 6
 TOKENS = GRID * GRID
 
@@ -63,13 +64,17 @@ def tiny_llava(
 
 
 def tiny_tiled(family: str, attn: str = "sdpa", seed: int = 0):
-    """A tiny LLaVA-NeXT ("next", CLIP) or LLaVA-OneVision ("onevision", SigLIP) with tiles of 36 patches."""
+    """A tiny LLaVA-NeXT or LLaVA-NeXT-Video ("next", "next-video", CLIP) or LLaVA-OneVision ("onevision", SigLIP).
+
+    Tiles have 36 patches, frames 9 tokens.
+    """
     import transformers
 
     plain = tiny_llava(attn, seed=seed, siglip=family == "onevision").config
     side = 8 * GRID
     config_class, model_class = {
         "next": (transformers.LlavaNextConfig, transformers.LlavaNextForConditionalGeneration),
+        "next-video": (transformers.LlavaNextVideoConfig, transformers.LlavaNextVideoForConditionalGeneration),
         "onevision": (transformers.LlavaOnevisionConfig, transformers.LlavaOnevisionForConditionalGeneration),
     }[family]
     config = config_class(
@@ -79,7 +84,7 @@ def tiny_tiled(family: str, attn: str = "sdpa", seed: int = 0):
         image_grid_pinpoints=[[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
         vision_feature_layer=-2,
         vision_feature_select_strategy=plain.vision_feature_select_strategy,
-        **({"video_token_id": IMAGE - 1} if family == "onevision" else {}),
+        **({} if family == "next" else {"video_token_id": VIDEO}),
     )
     model = model_class._from_config(config, attn_implementation=attn).eval()
     for name, parameter in model.named_parameters():
@@ -87,7 +92,7 @@ def tiny_tiled(family: str, attn: str = "sdpa", seed: int = 0):
             torch.nn.init.normal_(parameter, std=0.2)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    model.generation_config.suppress_tokens = [IMAGE, IMAGE - 1]
+    model.generation_config.suppress_tokens = [IMAGE, VIDEO]
     return model
 
 
@@ -111,12 +116,13 @@ def tiny_qwen(attn: str = "sdpa", seed: int = 0, version: str = "2.5"):
     }
     vision = {"depth": 2, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
     if version == "2.5":
-        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "window_size": 32, "fullatt_block_indexes": [1]}
+        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
+        vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
         config_class, model_class = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
     else:
         vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
         config_class, model_class = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
-    tokens = {"image_token_id": IMAGE, "video_token_id": 98, "vision_start_token_id": 97, "vision_end_token_id": 96}
+    tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 97, "vision_end_token_id": 96}
     config = config_class(text_config=text, vision_config=vision, **tokens)
     model = model_class._from_config(config, attn_implementation=attn).eval()
     for parameter in model.parameters():
@@ -124,7 +130,7 @@ def tiny_qwen(attn: str = "sdpa", seed: int = 0, version: str = "2.5"):
             torch.nn.init.normal_(parameter, std=0.2)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    model.generation_config.suppress_tokens = [96, 97, 98, IMAGE]
+    model.generation_config.suppress_tokens = [96, 97, VIDEO, IMAGE]
     return model
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from models import IMAGE, vision_blocks
+from models import IMAGE, VIDEO, vision_blocks
 
 from vtprune.pruner import EncodeView
 from vtprune.reporting import SampleReport
@@ -31,6 +31,7 @@ class Turn:
     sample: SampleReport
     pixels: torch.Tensor | None
     extra: dict[str, torch.Tensor] = field(default_factory=dict)  # what else the model takes beside pixel_values
+    visual: tuple[int, ...] = (IMAGE,)  # placeholder token ids
     features: list[torch.Tensor] | None = None  # per image at full length, where the encoder merged
     merged: dict[int, tuple[set[int], torch.Tensor]] = field(default_factory=dict)  # layer: (tokens, its whole input)
 
@@ -88,6 +89,11 @@ def _places(turn: Turn, visual: torch.Tensor) -> list[dict[int, int]]:
     return places
 
 
+def token_types(ids: torch.Tensor) -> torch.Tensor:
+    """Text 0, image 1, video 2, as Qwen's processor marks them."""
+    return (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+
+
 @contextmanager
 def _features_of(model, turns: list[Turn]):
     """Have the model use the features that a pruned run made, where turns carry them."""
@@ -123,7 +129,7 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     injected: list[list[tuple[int, torch.Tensor]]] = [[] for _ in range(depth)]
     start = 0
     for turn in turns:
-        visual = torch.tensor([i for i, t in enumerate(turn.prompt) if t == IMAGE], dtype=torch.long) + start
+        visual = torch.tensor([i for i, t in enumerate(turn.prompt) if t in turn.visual], dtype=torch.long) + start
         if turn.sample.slots is not None and len(visual):
             visual = visual[turn.sample.slots]
         after[start:] = start + len(turn.prompt)
@@ -148,7 +154,8 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     queries = torch.arange(length)[:, None]
     rotary = model.model.language_model.rotary_emb
-    handles = _encoder_hooks(model, turns) if not any(turn.features for turn in turns) else []
+    masked = not any(turn.features or max(turn.sample.frames, default=1) > 1 for turn in turns)
+    handles = _encoder_hooks(model, turns) if masked else []
 
     def hook(layer):
         def before(module, args, kwargs):
@@ -176,10 +183,11 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     try:
         with torch.no_grad(), _features_of(model, turns):
             extra = {name: torch.cat([turn.extra[name] for turn in turns if name in turn.extra]) for name in turns[0].extra}
-            seen = torch.cat(pixels) if pixels else None
-            if "image_grid_thw" in extra:
-                extra["mm_token_type_ids"] = (torch.tensor([ids]) == IMAGE).long()
-            out = model(input_ids=torch.tensor([ids]), pixel_values=seen, **extra, use_cache=False)
+            if pixels:
+                extra["pixel_values"] = torch.cat(pixels)
+            if "image_grid_thw" in extra or "video_grid_thw" in extra:
+                extra["mm_token_type_ids"] = token_types(torch.tensor([ids]))
+            out = model(input_ids=torch.tensor([ids]), **extra, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -248,8 +256,8 @@ class Watch:
     def turn(self, prompt: list[int], generated: list[int], sample: SampleReport, pixels, row: int, first: int) -> Turn:
         """The turn of sample `row`, whose first image is the run's image `first`."""
         turn = Turn(prompt, generated, sample, pixels)
-        # masks per tile would need the packing undone; a sealed encoder has no masks
-        if self.remade or sample.slots is not None or self.sealed:
+        # masks per tile would need the packing undone; a sealed encoder has no masks, and videos are left to the model
+        if max(sample.frames, default=1) == 1 and (self.remade or sample.slots is not None or self.sealed):
             turn.features = self.features[first : first + len(sample.images)]
         for layer, tokens in self.targets.items():
             if sample.images:

@@ -76,7 +76,8 @@ BATCHES = {
     "padded": [prompt(2, "I", 5), prompt(4, "I", 3, "I", 6), prompt(1, "I", 9)],
 }
 STEPS = 8
-REARRANGING = {"mustdrop", "mustdrop, thresholds", "mustdrop, no cache policy", "mustdrop+divprune+evict", "visionzip", "sparsevlm"}
+REARRANGING = {"mustdrop", "mustdrop, thresholds", "mustdrop, no cache policy", "mustdrop+divprune+evict"}
+REARRANGING |= {"visionzip", "sparsevlm"}
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 every_kernel = pytest.mark.parametrize("attn", ["sdpa", "eager"])

@@ -144,6 +144,7 @@ def test_small_shares_do_not_overflow():
     made = plan([1e-300, 1e-155, 1.0], 700, (27, 27))
     assert made.counts == (0, 0, 700)
     assert sum(plan([1e-300, 1e-155, 1.0], 2000, (27, 27)).counts) == 2000
+    assert plan([1e-308, 1.0, 1e-156], 2, (1, 1)).counts == (0, 1, 1)
     tiny = plan([1e-200, 2e-200], 100, (27, 27))
     assert tiny.counts == (20, 80)
 

@@ -82,6 +82,21 @@ def test_merging_against_loops(count, raster):
         assert [(went[item] == i).nonzero()[:, 0].tolist() for i in range(count)] == holds
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_similarities_go_to_the_lower_position(dtype):
+    """Parallel vectors: on paper every cosine is 1, in floating point none is quite."""
+    lengths = torch.linspace(0.1, 9, 40, dtype=torch.float64)[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    x = (noise(3, 1, 300).double() * lengths[:, None]).float() if dtype == torch.float32 else noise(3, 1, 300, dtype=dtype)
+    went = merge(x.expand(3, 40, 300), 30, raster=False)[1]
+    expected = [0] * 40
+    for position in range(40):
+        if position % 2:
+            expected[position] = 10 + position // 2
+        else:
+            expected[position] = 10 if position < 20 else position // 2 - 10
+    assert went.tolist() == [expected] * 3
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 40), st.data(), st.sampled_from(DTYPES), st.booleans())
 def test_merging_defined_for_ties_and_bad_numbers(tokens, data, dtype, raster):

@@ -82,7 +82,7 @@ def test_it_composes_with_a_strategy_inside_the_encoder():
 def test_an_encoder_that_takes_no_smaller_picture_is_refused(monkeypatch):
     model = tiny_llava()
     model.config.vision_config.model_type = "some_vision_model"
-    with pytest.raises(vtprune.UnsupportedError, match="some_vision_model.*smaller picture"):
+    with pytest.raises(vtprune.UnsupportedError, match=r"some_vision_model.*smaller picture"):
         vtprune.wrap(model, "resolution")
 
 

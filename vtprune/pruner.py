@@ -302,7 +302,8 @@ class SelectView(View):
 
     Parameters:
         features: [B, N, D] projected visual embeddings, in the model's dtype.
-        grid: (rows, columns) of the unpruned grid, or None.
+        grid: (rows, columns) of the unpruned grid, or None; of a video, one frame's.
+        frames: 1 for a picture; of a video, how many frames its unpruned tokens come in, one after the other.
         ordinal: LongTensor [B] on the CPU, which image of its sample an item is (0 for the first).
         text: B tensors [T, D], the text embeddings of the item's sample.
         ids: B LongTensors [T], the token ids behind them, or empty if the user fed embeddings.
@@ -313,6 +314,7 @@ class SelectView(View):
     ordinal: Tensor = None  # type: ignore[assignment]
     text: list[Tensor] = field(default_factory=list)
     ids: list[Tensor] = field(default_factory=list)
+    frames: int = 1
 
 
 @dataclass

@@ -28,6 +28,7 @@ class SampleReport:
         encoded: one LongTensor per vision-encoder cut: (block, patches that went on), in order as in `layers`; block -1 is
             a picture that was scaled down before the encoder.
         merged: {kept index: indices averaged into it}, empty where nothing merged.
+        frames: of each image, 1; of a video, its frames.
         slots: which of the sample's image placeholders in the prompt its visual tokens are, where some separate rows
             (newline embeddings of tiled pictures, which always stay); None where all are visual.
         foreign: kept indices whose vector stands for something else, such as the class token in a dropped patch's place.
@@ -45,6 +46,7 @@ class SampleReport:
     grids: list[tuple[int, int] | None] = field(default_factory=list)
     foreign: list[int] = field(default_factory=list)
     slots: Tensor | None = None
+    frames: list[int] = field(default_factory=list)
 
     @property
     def equivalent_tokens(self) -> float:

@@ -7,13 +7,14 @@ streams, and `sample` keeps only what it returns.
 from __future__ import annotations
 
 import math
+import operator
 import re
 import struct
 import warnings
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -121,7 +122,7 @@ class Video(ABC):
             warnings.warn(text, VideoNote, stacklevel=4)
 
     def _checked(self, indices: Iterable[int]) -> list[int]:
-        indices = _ascending("indices", indices, int)
+        indices = _ascending("indices", indices, operator.index)
         if indices and indices[-1] >= self.exact_count():
             raise VideoError(f"frame {indices[-1]} of {self.name!r}, which has {self.exact_count()} frames (counted from 0).")
         return indices
@@ -210,7 +211,7 @@ def resized(image: Image.Image, size: tuple[int, int] | int | None) -> Image.Ima
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _ascending(what: str, values: Iterable, kind: type) -> list:
+def _ascending(what: str, values: Iterable, kind: Callable[[Any], float]) -> list:
     try:
         found = [kind(v) for v in values]
     except (TypeError, ValueError, OverflowError) as error:
@@ -442,7 +443,7 @@ class _File(Video):
         self.cut: int | None = None  # the tick where the frames end, if before the claimed end
         self._pts: array | None = None
         self._packets = 0
-        self.stamped = True
+        self.stamped, self.seekable = True, False
         super().__init__(name, (0, 0), 0.0, None, None)
         with _Reader(self) as reader:
             stream, container = reader.stream, reader.container
@@ -451,17 +452,21 @@ class _File(Video):
             found = reader.next()
             if found is None:
                 raise VideoError(f"{name!r} has a video stream, but no frame of it can be decoded: it is empty or broken.")
+            # asked of one frame only: its side data and the frame hold each other, and would pile up until collected
+            self.turn = _turn(found[1])
             self.size = self.image(found[1]).size
             # raw streams have no time stamps, and AVI has them in decoding order only: their frames are counted
-            reordered = "avi" in container.format.name.split(",") and bool(stream.codec_context.has_b_frames)
+            reordered = container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
             self.stamped = found[1].pts is not None and stream.time_base is not None and not reordered
             self.tick = stream.time_base if self.stamped else 1 / Fraction(rate or 25)
+            # program streams stamp a few frames at a time: no frame is where a seek says, and the length is a guess
+            self.seekable = self.stamped and container.format.name not in ("mpeg", "mpegvideo")
             self.origin = found[0] if self.stamped else 0
             self.count = stream.frames or None
-            if stream.duration and self.stamped:
+            if stream.duration and self.seekable:
                 start = self.origin if stream.start_time is None else stream.start_time
                 self.duration = float((start + stream.duration - self.origin) * self.tick)
-            elif container.duration and self.stamped and abs(self.origin * self.tick) < 0.5:
+            elif container.duration and self.seekable and abs(self.origin * self.tick) < 0.5:
                 # containers differ in whether this counts from 0 or from their start: after a late start a pass decides
                 self.duration = float(Fraction(container.duration, 1_000_000))
             lasting = float((_lasting(found[1]) if self.stamped else 1) * self.tick)
@@ -563,8 +568,7 @@ class _File(Video):
             image = frame.to_image()
         except (ValueError, OSError) as error:  # what PyAV's errors derive from
             raise VideoError(f"{self.name!r} has frames in a format ({frame.format.name}) that cannot be converted.") from error
-        turn = _turn(frame)
-        return image if turn is None else image.transpose(turn)
+        return image if self.turn is None else image.transpose(self.turn)
 
     def _ended(self, reader: _Reader) -> None:
         """Compare where the frames end with where the header says they do."""
@@ -618,7 +622,7 @@ class _Reader:
             self.__exit__()
             raise
         # a first guess at what is cheaper to skip than to decode
-        self.leap = math.inf if self.video.tick is None or not self.video.stamped else math.ceil(1 / self.video.tick)
+        self.leap = math.ceil(1 / self.video.tick) if self.video.seekable else math.inf
         return self
 
     def __exit__(self, *_: object) -> None:

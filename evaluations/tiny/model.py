@@ -266,7 +266,7 @@ def _use_published_names(path: Path) -> None:
     """
     weights = load_file(path)
     short, long = "vision_tower.", "vision_tower.vision_model."
-    named = {k if k.startswith(long) else k.replace(short, long, 1) if k.startswith(short) else k: v for k, v in weights.items()}
+    named = {long + k.removeprefix(long).removeprefix(short) if k.startswith(short) else k: v for k, v in weights.items()}
     save_file(named, path, metadata={"format": "pt"})
 
 

@@ -286,18 +286,18 @@ GROUPS = (
         "gsearch",
         "### G-Search and FastV",
         (
-            "FastV cuts once, before layer 2, by the last prompt token's attention (\"last token's score\"); G-Search by that of",
-            "all text after the picture (\"text's score\"). Rows with the other's score tell schedule and score apart. The first",
-            "budget is the schedule's as found, the others scale its curve (`GSearch(keep=K)`).",
+            "FastV cuts once, before layer 2, by the last prompt token's attention (\"last token's score\"), G-Search by that",
+            "of all text after the picture (\"text's score\"). Rows with the other's score tell schedule and score apart.",
+            "The first budget is the schedule's as found, the others scale its curve (`GSearch(keep=K)`).",
         ),
     ),
     (
         "psigmoid",
         "### P-Sigmoid",
         (
-            'A line "from all" falls from 1 by the same step at every layer from the schedule\'s first on, to one token at the',
-            'least; "to none" starts at that first layer so low that it ends at nothing after the last. Both have P-Sigmoid\'s score',
-            "and mean. FastV cuts once, before the same first layer.",
+            'A line "from all" falls from 1 by the same step at every layer from the schedule\'s first on, to one token at',
+            'the least; "to none" starts at that layer so low that it ends at nothing after the last. Both have P-Sigmoid\'s',
+            "score and mean. FastV cuts once, before the same first layer.",
         ),
     ),
 )

@@ -147,7 +147,7 @@ class Pass:
         config = self.plan.site.decoder.config
         use_cache = kwargs.get("use_cache")
         use_cache = config.use_cache if use_cache is None else use_cache
-        asks = self.features and self.plan.pruner.asks_to_prune(tuple(len(f) for f in self.features))
+        asks = self.features and self.plan.pruner.asks_to_prune(tuple(ImageTokens.of(f).size for f in self.features))
         if use_cache and self.cache is None:
             self.cache = kwargs["past_key_values"] = DynamicCache(config=config)
         if self.cache is not None and asks:
@@ -325,6 +325,11 @@ class Pass:
                     flat[here], visual[here], moved[here] = flat[there], visual[there], moved[there]
         return embeds
 
+    def _grid(self, record: ImageTokens) -> tuple[int, int] | None:
+        """Of a picture, or of one frame of a video."""
+        layout = record.layout
+        return layout.grid if layout.frames > 1 else self.plan.site.grid(layout)
+
     def _select(self, items: list[Item], records: list[ImageTokens], where: Tensor, starts: Tensor, embeds: Tensor) -> None:
         strategy = self.plan.pruner.part("select")
         first = {image: at for images in self.images for at, image in enumerate(images)}
@@ -341,7 +346,8 @@ class Pass:
         row_of = {image: row for row, images in enumerate(self.images) for image in images}
         flat = embeds.reshape(-1, embeds.shape[-1])
         slots = where[:, 0] * embeds.shape[1] + where[:, 1]
-        for group in groups([(len(item.index), item.sizes) for item in items]):
+        shapes = [(record.layout.frames, self._grid(record)) for record in records]
+        for group in groups([(len(item.index), item.sizes, shape) for item, shape in zip(items, shapes, strict=True)]):
             members = [items[i] for i in group]
             index = torch.stack([item.index for item in members])
             begin = starts[torch.tensor(group)].to(index.device)
@@ -351,7 +357,8 @@ class Pass:
                 carry=stack_carry(members),
                 notes=self.notes,
                 features=flat[slots[index + begin[:, None]]],
-                grid=self.plan.site.grid(records[group[0]].layout),
+                grid=self._grid(records[group[0]]),
+                frames=records[group[0]].layout.frames,
                 ordinal=torch.tensor([first[i] for i in group]),
                 text=[text(row_of[i])[0] for i in group],
                 ids=[text(row_of[i])[1] for i in group],

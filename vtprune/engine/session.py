@@ -23,18 +23,11 @@ from vtprune.engine.attention import attach_tap
 from vtprune.engine.decoding import Pass, Plan
 from vtprune.engine.encoding import Encoding, Start, attach_records, new_clock
 from vtprune.engine.identity import identify
+from vtprune.engine.intake import Call
 from vtprune.families import locate
 from vtprune.measure.clock import NoClock
 from vtprune.pruner import BudgetError, Encoder, Pipeline, Pruner, ShrinkView, UnsupportedError, VtpruneError
 from vtprune.reporting import Report
-
-
-class Call:
-    """One forward call of the base model, from its pre-hook to its hook."""
-
-    def __init__(self, clock, input_ids, placeholders, features):
-        self.clock, self.input_ids, self.placeholders, self.features = clock, input_ids, placeholders, features
-        self.mark = None
 
 
 class Session:
@@ -62,8 +55,8 @@ class Session:
             raise BudgetError(f"positions={positions!r}: 'original' or 'compact'.")
         if positions not in self.site.family.positions:
             raise UnsupportedError(
-                f"positions={positions!r} on {self.site.family.name}: a token's place in the picture is part of its position, so "
-                f"survivors cannot be numbered anew. Leave positions to the default."
+                f"positions={positions!r} on {self.site.family.name}: a token's place in the picture is part of its position, "
+                f"so survivors cannot be numbered anew. Leave positions to the default."
             )
         missing = pruner.requires - self.site.capabilities()
         if missing:
@@ -143,6 +136,8 @@ class Session:
         base, decoder = self.site.base, self.site.decoder
         self._hook(self.model.register_forward_pre_hook, self._refuse_labels, with_kwargs=True)
         self._override(base, "get_image_features", self._encode)
+        if self.site.family.videos is not None:
+            self._override(base, "get_video_features", self._encode_video)
         if self.site.family.tiles is not None:
             self._override(base, "pack_image_features", self._pack)
         self._hook(base.register_forward_pre_hook, self._before_base, with_kwargs=True)
@@ -250,12 +245,50 @@ class Session:
             self._local.encoding = None
         with clock.span("selection"):
             output.pooler_output = attach_records(list(output.pooler_output), encoding, self)
-        if call is not None:
-            call.features = output.pooler_output
-            self._hand_on_decisions(given.get("pixel_values"), output.pooler_output)
-        else:
-            self._local.fresh = [weakref.ref(f) for f in output.pooler_output]
+        self._hand_on("image", call, given.get("pixel_values"), output.pooler_output)
         return output.to_tuple() if as_tuple else output
+
+    def _encode_video(self, original: Callable, args: tuple, kwargs: dict):
+        """`get_video_features`, counted and recorded; frames are pooled or merged, so no token leaves inside the encoder."""
+        given = dict(inspect.signature(original).bind_partial(*args, **kwargs).arguments)
+        given |= given.pop("kwargs", {})
+        notes = []
+        within = self.encoder or self.pruner.part("shrink")
+        if within is not None:
+            if not set(within.stages()) & {"select", "prefill", "decode"}:
+                raise UnsupportedError(
+                    f"{within.name} works inside the vision encoder, but a video's frames are pooled or merged after it, so "
+                    f"its patches are not what the decoder sees. Use a strategy of another stage for videos."
+                )
+            notes.append(f"{within.name}: its part inside the vision encoder sees pictures only, no videos.")
+        call = getattr(self._local, "call", None)
+        clock = call.clock if call is not None else new_clock(self.site.base)
+        encoding = Encoding(None, {}, 0, 0, self._encoder_kernel, self.site.grid, clock)
+        encoding.notes.extend(notes)
+        self._local.encoding = encoding
+        as_tuple = kwargs.pop("return_dict", True) is False
+        try:
+            with clock.span("prefill" if call is None else "encode"):
+                output = original(*args, **kwargs, return_dict=True)
+        finally:
+            self._local.encoding = None
+        pooled = output.pooler_output
+        encoding.layouts = self.site.family.videos(self.site.base, given, pooled)
+        rows = attach_records(list(pooled), encoding, self)
+        if isinstance(pooled, torch.Tensor):
+            pooled._vtprune_rows = rows  # one tensor for all videos has to stay one
+        else:
+            output.pooler_output = rows
+        self._hand_on("video", call, given.get("pixel_values_videos"), rows)
+        return output.to_tuple() if as_tuple else output
+
+    def _hand_on(self, modality: str, call: Call | None, pixels: torch.Tensor | None, features: list[torch.Tensor]) -> None:
+        """Give features to the call that they were computed in, or remember that they were computed ahead of one."""
+        if call is None:
+            self._local.fresh = [*getattr(self._local, "fresh", ()), *(weakref.ref(f) for f in features)]
+            return
+        call.features[modality] = features
+        self._hand_on_decisions(modality, pixels, features)
 
     def _shrink(self, given: dict) -> tuple[dict, Start | None, list[str]]:
         """The arguments of `get_image_features` with the pictures scaled down as the strategy says."""
@@ -276,15 +309,16 @@ class Session:
         given = {**given, "pixel_values": small.to(pixels.dtype), "interpolate_pos_encoding": True}
         return given, Start.of(full, grid, pixels.device), view.notes
 
-    def _hand_on_decisions(self, pixels: torch.Tensor | None, features: list[torch.Tensor]) -> None:
+    def _hand_on_decisions(self, modality: str, pixels: torch.Tensor | None, features: list[torch.Tensor]) -> None:
         """Runs without a cache that feed the very same pixels at each step (transformers < 5.18 does) decide once."""
         if pixels is None:
             return
-        last, before = getattr(self._local, "pixels", (None, []))
+        seen = self._local.__dict__.setdefault("pixels", {})
+        last, before = seen.get(modality, (None, []))
         if last is not None and last() is pixels and len(before) == len(features):
             for record, feature in zip(before, features, strict=True):
                 feature._vtprune.replays = record.replays
-        self._local.pixels = (weakref.ref(pixels), [f._vtprune for f in features])
+        seen[modality] = (weakref.ref(pixels), [f._vtprune for f in features])
 
     def _encoder_kernel(self) -> str:
         config = self.site.encoder_layers[0].self_attn.config
@@ -312,7 +346,7 @@ class Session:
 
     def _refuse_labels(self, module, args, kwargs) -> None:
         if kwargs.get("labels") is not None and any(
-            kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs")
+            kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
         ):
             raise UnsupportedError(
                 "labels= together with images on a pruned model: a loss over dropped tokens is not defined. Compute the loss "
@@ -321,30 +355,14 @@ class Session:
 
     def _before_base(self, module, args, kwargs) -> None:
         self._local.call = None
-        given = self._arguments("base", args, kwargs)
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
-        has_images = encoded is not None or given.get("pixel_values") is not None
-        length = (ids if ids is not None else embeds).shape[1]
-        placeholders = None
-        if has_images or length > 1:  # a decode step has no prompt to look at
-            if ids is not None:
-                placeholders = ids == self.site.image_token_id
-            else:
-                token = torch.tensor(self.site.image_token_id, device=embeds.device)
-                placeholders = (embeds == module.get_input_embeddings()(token)).all(-1)
-            if not has_images and bool(placeholders.any()):
-                raise UnsupportedError(
-                    f"the prompt has {int(placeholders.sum())} image placeholder tokens but no image was given. Pass "
-                    f"pixel_values from the processor, or take the placeholder out of the prompt."
-                )
-        features = None if encoded is None else list(encoded.pooler_output)
-        clock = NoClock()
+        call = Call.read(self.site, module, self._arguments("base", args, kwargs))
+        features = [feature for rows in call.features.values() for feature in rows]
+        call.clock = clock = NoClock()
         if features:
-            clock = self._clock_of(features)
-        elif has_images:
-            clock = new_clock(self.site.base)
-        self._local.call = call = Call(clock, ids, placeholders, features)
+            call.clock = clock = self._clock_of(features)
+        elif call.masks:
+            call.clock = clock = new_clock(self.site.base)
+        self._local.call = call
         call.mark = clock.start("prefill")
 
     def _clock_of(self, features):
@@ -390,8 +408,8 @@ class Session:
     def _before_decoder(self, module, args, kwargs):
         self._local.running = None
         call = getattr(self._local, "call", None)
-        if call is not None and call.features:
-            running = Pass(self.plan, call.clock, call.input_ids, call.placeholders, call.features)
+        if call is not None and any(call.features.values()):
+            running = Pass(self.plan, call.clock, call.input_ids, *call.in_order())
         else:
             running = Pass(self.plan, NoClock())
         self._local.running = running

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from vtprune.families.base import Family, Site
-from vtprune.families.llava import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
+from vtprune.families.llava import LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION
 from vtprune.families.qwen import QWEN_VL
 from vtprune.pruner import UnsupportedError
 
-FAMILIES: tuple[Family, ...] = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN_VL)
+FAMILIES: tuple[Family, ...] = (LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, QWEN_VL)
 
 
 def locate(model: nn.Module) -> Site:

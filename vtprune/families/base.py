@@ -39,7 +39,8 @@ class Layout:
         patch: LongTensor [N], for each visual token the patch that it stands for, counted over all tiles; None where
             tokens are blends of patches (interpolated tiles).
         tiles: pictures that the encoder saw of it; patches: of each of them.
-        grid: (rows, columns) of its visual tokens where they form one grid that is not square.
+        grid: (rows, columns) of its visual tokens where they form one grid that is not square; of a video, one frame's.
+        frames: of a video (merged in time or not), whose tokens come frame by frame; 1 for a picture.
     """
 
     placeholders: int
@@ -48,6 +49,7 @@ class Layout:
     tiles: int = 1
     patches: int = 0
     grid: tuple[int, int] | None = None
+    frames: int = 1
 
     @property
     def size(self) -> int:
@@ -95,6 +97,8 @@ class Family:
             tiles and pack them with a `pack_image_features` method.
         layouts: (base model, arguments of `get_image_features`) -> the images' layouts, for families whose encoder itself
             decides how many tokens a picture makes.
+        videos: (base model, arguments of `get_video_features`, its features) -> the videos' layouts, for families that
+            take videos.
         sealed: why no token can leave inside the vision encoder, or "" if it can.
         positions: what positions the decoder's embedding allows.
         norm, query, key: names of the norm, query and key projections within a decoder block and its `self_attn`.
@@ -111,6 +115,7 @@ class Family:
     resizable: tuple[str, ...] = ("clip_vision_model", "siglip_vision_model")
     tiles: Callable[[nn.Module, dict[str, Any]], list[int]] | None = None
     layouts: Callable[[nn.Module, dict[str, Any]], list[Layout]] | None = None
+    videos: Callable[[nn.Module, dict[str, Any], Any], list[Layout]] | None = None
     sealed: str = ""
     positions: tuple[str, ...] = ("original", "compact")
     norm: str = "input_layernorm"
@@ -153,6 +158,10 @@ class Site:
     @property
     def image_token_id(self) -> int:
         return self.base.config.image_token_id
+
+    def placeholder(self, modality: str) -> int | None:
+        """The token id that holds the place of an "image" or "video", or None if the model takes none."""
+        return getattr(self.base.config, f"{modality}_token_id", None)
 
     @property
     def patch(self) -> int:
@@ -210,6 +219,8 @@ class Site:
     def grid(self, tokens: int | Layout) -> tuple[int, int] | None:
         """(rows, columns) of an image of so many visual tokens or of this layout, or None if it is no one grid."""
         if isinstance(tokens, Layout):
+            if tokens.frames > 1:
+                return None
             if tokens.tiles > 1 or tokens.grid is not None:
                 return tokens.grid
             tokens = tokens.size

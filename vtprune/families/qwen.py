@@ -11,11 +11,16 @@ from vtprune.families.base import Family, Layout
 
 def _merged_layouts(base: nn.Module, given: dict[str, Any]) -> list[Layout]:
     merge = base.visual.spatial_merge_size
+    grids = given["video_grid_thw" if "pixel_values_videos" in given else "image_grid_thw"]
     found = []
-    for frames, rows, columns in given["image_grid_thw"].tolist():
+    for frames, rows, columns in grids.tolist():
         grid = (rows // merge, columns // merge)
-        found.append(Layout(frames * grid[0] * grid[1], grid=grid if frames == 1 else None))
+        found.append(Layout(frames * grid[0] * grid[1], grid=grid, frames=frames))
     return found
+
+
+def _video_layouts(base: nn.Module, given: dict[str, Any], features: Any) -> list[Layout]:
+    return _merged_layouts(base, given)
 
 
 QWEN_VL = Family(
@@ -25,6 +30,7 @@ QWEN_VL = Family(
     projector=("visual.merger",),
     special_tokens=(),
     layouts=_merged_layouts,
+    videos=_video_layouts,
     sealed="its vision tower merges patches two by two and attends within windows, so they cannot leave one by one",
     # a token's place in the picture is in its position: there is no other numbering of what is left
     positions=("original",),

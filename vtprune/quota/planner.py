@@ -62,9 +62,9 @@ def plan(
     """Divide a budget over frames in proportion to score ** power, QuoTA's rule (arXiv 2503.08689).
 
     By default (ours) no frame gets more than its native grid; what it cannot take goes to the others in proportion, to those
-    with score zero last and evenly. Counts add up to the budget exactly; the remainders go to the largest fractions, equal
-    ones spread over time. A grid keeps near the native aspect, and what rounding to grids leaves over is spent on rows and
-    columns of the frames that lost most. All scores zero means all frames alike.
+    with score zero last and evenly. Counts add up to the budget, or to all there is; the remainders go to the largest
+    fractions, those of equal scores spread over time. A grid keeps near the native aspect, and what rounding to grids leaves
+    over is spent on rows and columns of the frames that lost most. All scores zero means all frames alike.
 
     Parameters:
         scores: [T], finite and >= 0: tensor, array or sequence.
@@ -110,7 +110,7 @@ def plan(
         )
     weights = _weights(scores, power) * (most > 0)
     amounts = water_fill(weights, total, least, most)
-    counts = _whole(amounts, total, most)
+    counts = _whole(amounts, total, most, scores)
     chosen = _spend([grid(int(n), g) if n else (0, 0) for n, g in zip(counts, grids, strict=True)], counts, most, grids, total)
     return Plan(int(budget), tuple((amounts / total).tolist()), tuple(counts.tolist()), tuple(chosen), grids)
 
@@ -203,11 +203,11 @@ def _level(weights: np.ndarray, total: float, least: np.ndarray, most: np.ndarra
     return amounts
 
 
-def _whole(amounts: np.ndarray, total: int, most: np.ndarray) -> np.ndarray:
-    """Whole numbers that add up to `total`, each amount rounded up or down."""
+def _whole(amounts: np.ndarray, total: int, most: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Whole numbers that add up to `total`, each amount rounded up or down; equal fractions up for the higher score."""
     counts = np.minimum(np.floor(amounts + 1e-9).astype(np.int64), most)
     fraction = np.where(counts < most, np.round(amounts - counts, 9), -1.0)
-    order = np.lexsort((_spread(len(amounts)), -fraction))
+    order = np.lexsort((_spread(len(amounts)), -scores, -fraction))
     counts[order[: total - counts.sum()]] += 1
     return counts
 

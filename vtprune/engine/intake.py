@@ -1,0 +1,90 @@
+"""What one call of the base model was fed: pictures and videos, and where their tokens stand in the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.engine.encoding import ImageTokens
+from vtprune.families.base import Site
+from vtprune.pruner import UnsupportedError
+
+# modality -> the argument that holds its pixels
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass
+class Call:
+    """One forward call of the base model, from its pre-hook to its hook.
+
+    Parameters:
+        input_ids: as fed, or None for embeddings.
+        masks: modality -> bool [B, L], its placeholders; only of modalities that came.
+        features: modality -> projected features per picture or video, in prompt order; filled as they are encoded.
+        clock, mark: where time is counted.
+    """
+
+    input_ids: Tensor | None
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, list[Tensor]] = field(default_factory=dict)
+    clock: Any = None
+    mark: Any = None
+
+    @classmethod
+    def read(cls, site: Site, module: nn.Module, given: dict[str, Any]) -> Call:
+        """What the arguments of the base model's forward hold.
+
+        Raises:
+            UnsupportedError: for placeholders without anything to put there.
+        """
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        encoded = given.get("mm_encoder_outputs") or {}
+        call = cls(ids)
+        length = (ids if ids is not None else embeds).shape[1]
+        for modality, pixels in PIXELS.items():
+            token = site.placeholder(modality)
+            came = encoded.get(modality) is not None or given.get(pixels) is not None
+            if token is None or not (came or length > 1):  # a decode step has no prompt to look at
+                continue
+            if ids is not None:
+                mask = ids == token
+            else:
+                wanted = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+                mask = (embeds == wanted).all(-1)
+            if not came:
+                if bool(mask.any()):
+                    raise UnsupportedError(
+                        f"the prompt has {int(mask.sum())} {modality} placeholder tokens but no {modality} was given. Pass "
+                        f"{pixels} from the processor, or take the placeholder out of the prompt."
+                    )
+                continue
+            call.masks[modality] = mask
+            if encoded.get(modality) is not None:
+                call.features[modality] = rows_of(encoded[modality].pooler_output)
+        return call
+
+    def in_order(self) -> tuple[Tensor | None, list[Tensor]]:
+        """All placeholders bool [B, L], and the features in the order in which they stand in the prompt."""
+        came = [modality for modality in self.masks if self.features.get(modality)]
+        if len(came) < 2:
+            return (self.masks[came[0]], self.features[came[0]]) if came else (None, [])
+        placed = []
+        for modality in came:
+            slots = self.masks[modality].flatten().nonzero()[:, 0].tolist()
+            at = 0
+            for feature in self.features[modality]:
+                if at >= len(slots):
+                    raise UnsupportedError(f"the prompt has fewer {modality} placeholder tokens than features came.")
+                placed.append((slots[at], feature))
+                at += ImageTokens.of(feature).layout.placeholders
+        placed.sort(key=lambda one: one[0])
+        return torch.stack([self.masks[modality] for modality in came]).any(0), [feature for _, feature in placed]
+
+
+def rows_of(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
+    """Features per picture or video, of a model's `pooler_output`; the tensor objects that carry records, where they do."""
+    known = getattr(output, "_vtprune_rows", None)
+    return known if known is not None else list(output)
