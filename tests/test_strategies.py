@@ -247,7 +247,8 @@ each_case = pytest.mark.parametrize("case", sorted(CASES))
 def test_every_shipped_strategy_is_covered():
     """Here, or in a file of its own."""
     own = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
-    elsewhere = {"gsearch", "psigmoid"}  # test_schedules.py
+    # test_schedules.py, test_videos.py
+    elsewhere = {"gsearch", "psigmoid", "evs", "framedrop", "dycoke"}
     assert {name.split("-")[0] for name in CASES} | elsewhere | (own & set(SHIPPED)) == set(SHIPPED)
 
 

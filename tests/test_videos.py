@@ -23,6 +23,9 @@ STRATEGIES = {
     "pyramiddrop": lambda: vtprune.PyramidDrop(keep=20),
     "sparsevlm": lambda: vtprune.SparseVLM(keep=18),
     "evict": lambda: vtprune.Evict(keep=8),
+    "framedrop": lambda: vtprune.FrameDrop(keep=16),
+    "evs": lambda: vtprune.EVS(keep=13),
+    "dycoke": lambda: vtprune.DyCoke(keep=0.5),
     "divprune+fastv+evict": lambda: vtprune.create("divprune+fastv+evict", keep=10, layer=1),
 }
 every_family = pytest.mark.parametrize("family", ["onevision", "next-video", "qwen2", "qwen2.5"])
@@ -191,6 +194,52 @@ def test_what_a_strategy_sees_of_a_video(family):
     assert view.grid == ((3, 2) if family.startswith("qwen") else (3, 3))
     assert [len(s.kept) for s in session.report.samples] == [3, 3]
     assert session.report.samples[0].grids == [None]
+
+
+@pytest.mark.parametrize("strategy", ["framedrop", "evs", "dycoke"])
+def test_video_strategies_refuse_pictures(strategy):
+    ids, given = inputs_of("onevision", [[2, "A", 4]])
+    model = model_of("onevision")
+    with vtprune.pruning(model, strategy, keep=0.5), pytest.raises(vtprune.UnsupportedError, match="frames of a video"):
+        model(**fed("onevision", ids, given))
+
+
+@pytest.mark.parametrize("strategy", ["framedrop", "evs", "dycoke"])
+def test_video_strategies_want_whole_frames(strategy):
+    view = SelectView(torch.arange(10)[None], (36,), {}, features=torch.randn(1, 10, 4), frames=4)
+    with pytest.raises(vtprune.UnsupportedError, match="earlier stage"):
+        vtprune.create(strategy, keep=5).select(view)
+
+
+def video_view(frames: int, tokens: int, seed: int = 0) -> SelectView:
+    features = torch.randn(2, frames * tokens, 6, generator=torch.Generator().manual_seed(seed))
+    index = torch.arange(frames * tokens).expand(2, -1)
+    return SelectView(index, (frames * tokens,), {}, features=features, frames=frames)
+
+
+def test_video_budgets_are_exact():
+    for keep in (9, 10, 17, 30):
+        view = video_view(4, 9)
+        assert vtprune.FrameDrop(keep=keep).select(view).indices.shape == (2, keep)
+        kept = vtprune.EVS(keep=keep).select(view).indices
+        assert kept.shape == (2, keep) and kept[0, :9].tolist() == list(range(9))
+    with pytest.raises(vtprune.BudgetError):
+        vtprune.EVS(keep=8).select(video_view(4, 9))
+
+
+def test_dycoke_by_share_and_by_budget():
+    view = video_view(8, 10)
+    paper = vtprune.DyCoke().select(view)
+    assert all(len(kept) == 2 * 10 + 6 * 3 for kept in paper.indices)
+    assert int((paper.into[0] >= 0).sum()) == 80 - 38
+    for keep, spent in ((38, 38), (43, 38), (44, 44), (20, 20), (79, 74)):
+        view = video_view(8, 10)
+        kept = vtprune.DyCoke(keep=keep).select(view)
+        assert all(len(row) == spent for row in kept.indices), keep
+        assert bool(view.notes) == (spent < keep)
+    with pytest.raises(vtprune.BudgetError, match="20 tokens in all"):
+        vtprune.DyCoke(keep=19).select(video_view(8, 10))
+    assert vtprune.DyCoke(keep=1.0).select(video_view(8, 10)) is None
 
 
 def test_strategies_inside_the_encoder_refuse_videos():

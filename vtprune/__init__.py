@@ -27,9 +27,12 @@ if TYPE_CHECKING:
     from vtprune.relevance import ClipRelevance
     from vtprune.strategies.cdpruner import CDPruner
     from vtprune.strategies.divprune import DivPrune
+    from vtprune.strategies.dycoke import DyCoke
     from vtprune.strategies.evict import Evict
+    from vtprune.strategies.evs import EVS
     from vtprune.strategies.fastv import FastV
     from vtprune.strategies.flowcut import FlowCut
+    from vtprune.strategies.framedrop import FrameDrop
     from vtprune.strategies.gsearch import GSearch
     from vtprune.strategies.mustdrop import MustDrop
     from vtprune.strategies.psigmoid import PSigmoid
@@ -66,9 +69,12 @@ _HOME = {
     "vtprune.registry": ("UnknownStrategyError", "available", "create"),
     "vtprune.strategies.cdpruner": ("CDPruner",),
     "vtprune.strategies.divprune": ("DivPrune",),
+    "vtprune.strategies.dycoke": ("DyCoke",),
     "vtprune.strategies.evict": ("Evict",),
+    "vtprune.strategies.evs": ("EVS",),
     "vtprune.strategies.fastv": ("FastV",),
     "vtprune.strategies.flowcut": ("FlowCut",),
+    "vtprune.strategies.framedrop": ("FrameDrop",),
     "vtprune.strategies.gsearch": ("GSearch",),
     "vtprune.strategies.mustdrop": ("MustDrop",),
     "vtprune.strategies.psigmoid": ("PSigmoid",),
@@ -88,11 +94,14 @@ __all__ = [
     "ClipRelevance",
     "DecodeView",
     "DivPrune",
+    "DyCoke",
+    "EVS",
     "EncodeView",
     "Encoder",
     "Evict",
     "FastV",
     "FlowCut",
+    "FrameDrop",
     "GSearch",
     "Keep",
     "MustDrop",

@@ -316,6 +316,21 @@ class SelectView(View):
     ids: list[Tensor] = field(default_factory=list)
     frames: int = 1
 
+    def by_frame(self) -> Tensor:
+        """[B, frames, tokens of a frame, D] features of a whole video.
+
+        Raises:
+            UnsupportedError: for a picture, or a video of which tokens have left already.
+        """
+        if self.frames == 1:
+            raise UnsupportedError(
+                "this strategy compares the frames of a video, and a picture (or a video of one frame) was given. Use another "
+                "strategy for pictures."
+            )
+        if self.tokens != self.total:
+            raise UnsupportedError("this strategy compares whole frames, but an earlier stage has taken tokens out of them.")
+        return self.features.unflatten(1, (self.frames, -1))
+
 
 @dataclass
 class PrefillView(View):
@@ -360,6 +375,7 @@ class Pruner:
         positions: "original" (survivors keep their position) or "compact" (renumbered), as in the paper.
         requires: capabilities of the model that it cannot do without, of {"cls"}.
         reads: what it reads besides attention rows, in words, for `vtprune list`.
+        modality: "video" if it serves videos alone, "any" otherwise.
     """
 
     name: ClassVar[str] = ""
@@ -367,6 +383,7 @@ class Pruner:
     positions: ClassVar[str] = "original"
     requires: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[tuple[str, ...]] = ()
+    modality: ClassVar[str] = "any"
 
     keep: Budget | None
 

@@ -322,10 +322,11 @@ def section(result: dict[str, Any], stored: dict[str, Stored]) -> str:
         "",
         "## Accuracy on test pictures",
         "",
-        f"{len(result['questions'])} pictures of the `test` split, {sum(result['questions'])} questions without those about a "
-        f'printed word, {sum(result["readings"])} of these ("reading"; the calibration set has none).',
-        'Real `generate` calls, greedy, exact match in percent with 95 % intervals (bootstrap over pictures). "Tokens" is '
-        "measured: the mean over decoder layers of visual tokens computed on.",
+        f"{len(result['questions'])} pictures of the `test` split, {sum(result['questions'])} questions, and "
+        f"{sum(result['readings'])} about a printed word",
+        '("reading"; the calibration set has none, and they do not count as accuracy). Real `generate` calls, greedy, exact',
+        'match in percent with 95 % intervals (bootstrap over pictures). "Tokens" is measured: the mean over decoder layers',
+        "of visual tokens computed on.",
     ]
     for group, head, legend in GROUPS:
         cells = [

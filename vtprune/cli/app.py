@@ -128,7 +128,7 @@ def compare(
         from vtprune.registry import available
 
         share_of = budget(keep)
-        names = list(dict.fromkeys(pruner or available()))
+        names = list(dict.fromkeys(pruner or (name for name, cls in available().items() if cls.modality != "video")))
         made = {name: strategy(name, share_of, {}, _schedules(model)) for name in names if name != "none"}
         from vtprune.cli import comparing, running
 
