@@ -134,6 +134,38 @@ def tiny_qwen(attn: str = "sdpa", seed: int = 0, version: str = "2.5"):
     return model
 
 
+def tiny_other(family: str, attn: str = "sdpa", seed: int = 0):
+    """A tiny InternVL (36 tokens a tile), Mistral 3 (pictures of any size, 16 pixels a token) or VipLLaVA (36 tokens)."""
+    import transformers
+
+    plain = tiny_llava(attn, seed=seed).config
+    text = {name: getattr(plain.text_config, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 1024}
+    text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    if family == "internvl":
+        vision = transformers.InternVLVisionConfig(**sizes, image_size=[16 * GRID] * 2, patch_size=[8, 8])
+        decoder, more, config_class = transformers.Qwen2Config(**text), {}, transformers.InternVLConfig
+        model_class = transformers.InternVLForConditionalGeneration
+    elif family == "mistral3":
+        vision = transformers.PixtralVisionConfig(**sizes, image_size=128, patch_size=8, head_dim=8)
+        decoder = transformers.MistralConfig(**text, sliding_window=None)
+        more, config_class = {"spatial_merge_size": 2, "vision_feature_layer": -1}, transformers.Mistral3Config
+        model_class = transformers.Mistral3ForConditionalGeneration
+    else:
+        vision, decoder, more = plain.vision_config, plain.text_config, {"vision_feature_layers": [-2, -3]}
+        config_class, model_class = transformers.VipLlavaConfig, transformers.VipLlavaForConditionalGeneration
+    config = config_class(vision_config=vision, text_config=decoder, image_token_id=IMAGE, **more)
+    model = model_class._from_config(config, attn_implementation=attn).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.generation_config.suppress_tokens = [IMAGE]
+    return model
+
+
 def vision_blocks(model):
     """The vision encoder's blocks; older transformers put one more module in between."""
     tower = model.model.vision_tower

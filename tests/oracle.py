@@ -31,6 +31,7 @@ class Turn:
     sample: SampleReport
     pixels: torch.Tensor | None
     extra: dict[str, torch.Tensor] = field(default_factory=dict)  # what else the model takes beside pixel_values
+    whole: bool = False  # nothing left inside the encoder
     visual: tuple[int, ...] = (IMAGE,)  # placeholder token ids
     features: list[torch.Tensor] | None = None  # per image at full length, where the encoder merged
     merged: dict[int, tuple[set[int], torch.Tensor]] = field(default_factory=dict)  # layer: (tokens, its whole input)
@@ -154,7 +155,7 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     queries = torch.arange(length)[:, None]
     rotary = model.model.language_model.rotary_emb
-    masked = not any(turn.features or max(turn.sample.frames, default=1) > 1 for turn in turns)
+    masked = not any(turn.features or turn.whole for turn in turns)
     handles = _encoder_hooks(model, turns) if masked else []
 
     def hook(layer):
@@ -208,7 +209,7 @@ class Watch:
         self.targets: dict[int, set[int]] = {}
         self._model, self._undo = model, []
         base = model.model
-        self.sealed = hasattr(base, "visual")
+        self.sealed = type(base).__name__ not in ("LlavaModel", "LlavaNextModel", "LlavaOnevisionModel")
         self._wrapped = base.get_image_features
 
         @functools.wraps(self._wrapped)  # generate() reads its signature
@@ -256,8 +257,9 @@ class Watch:
     def turn(self, prompt: list[int], generated: list[int], sample: SampleReport, pixels, row: int, first: int) -> Turn:
         """The turn of sample `row`, whose first image is the run's image `first`."""
         turn = Turn(prompt, generated, sample, pixels)
-        # masks per tile would need the packing undone; a sealed encoder has no masks, and videos are left to the model
-        if max(sample.frames, default=1) == 1 and (self.remade or sample.slots is not None or self.sealed):
+        # nothing leaves inside a sealed encoder, or from videos; masks per tile would need the packing undone
+        turn.whole = self.sealed or max(sample.frames, default=1) > 1
+        if not turn.whole and (self.remade or sample.slots is not None):
             turn.features = self.features[first : first + len(sample.images)]
         for layer, tokens in self.targets.items():
             if sample.images:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from models import GRID, IMAGE, batch, images, prompt, tiny_qwen, tiny_tiled
+from models import GRID, IMAGE, batch, images, prompt, tiny_other, tiny_qwen, tiny_tiled
 from oracle import Watch, oracle_logits
 from transformers import DynamicCache
 
@@ -32,7 +32,7 @@ STRATEGIES = {
 }
 CLS = {"flowcut", "visionzip", "mustdrop"}
 TILED = ["next", "onevision"]
-every_family = pytest.mark.parametrize("family", [*TILED, "qwen2", "qwen2.5"])
+every_family = pytest.mark.parametrize("family", [*TILED, "qwen2", "qwen2.5", "internvl", "mistral3", "vipllava"])
 every_tiled = pytest.mark.parametrize("family", TILED)
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 every_kernel = pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -40,7 +40,9 @@ every_kernel = pytest.mark.parametrize("attn", ["sdpa", "eager"])
 
 @lru_cache
 def model_of(family: str, attn: str):
-    return tiny_qwen(attn, version=family[4:]) if family.startswith("qwen") else tiny_tiled(family, attn)
+    if family.startswith("qwen"):
+        return tiny_qwen(attn, version=family[4:])
+    return tiny_tiled(family, attn) if family in TILED else tiny_other(family, attn)
 
 
 @lru_cache
@@ -52,6 +54,16 @@ def picture(family: str, which: int) -> tuple[dict[str, torch.Tensor], int]:
         pixels = torch.randn(rows * columns, 3 * 2 * 8 * 8, generator=generator) * 0.3
         pixels[: columns * 2] += 1.0
         return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, rows, columns]])}, rows * columns // 4
+    if family == "internvl":
+        big = images(2 + which, seed=which).repeat_interleave(2, -1).repeat_interleave(2, -2)
+        return {"pixel_values": big}, len(big) * TILE
+    if family == "vipllava":
+        return {"pixel_values": images(1, seed=which)}, TILE
+    if family == "mistral3":
+        height, width = ((96, 128), (128, 112))[which]
+        pixels = torch.zeros(1, 3, 128, 128)
+        pixels[..., :height, :width] = torch.randn(3, height, width, generator=torch.Generator().manual_seed(which)) * 0.3
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}, height * width // 256
     tiles = 3 if which == 0 else 5
     pixels = torch.zeros(1, 5, 3, SIDE, SIDE)
     pixels[0, :tiles] = images(tiles, seed=which)
@@ -128,7 +140,7 @@ PROMPTS = [[2, "A", 5], [3, "B", 2, "A", 4], [1, "B", 7]]
 def applies(family: str, strategy: str) -> None:
     """Skip what refuses an encoder without a class token; test_errors.py holds the refusal."""
     if family != "next" and strategy in CLS:
-        with pytest.raises(vtprune.UnsupportedError, match="cls"):
+        with pytest.raises(vtprune.UnsupportedError, match="cls|does not allow"):
             vtprune.wrap(model_of(family, "sdpa"), STRATEGIES[strategy]())
         pytest.skip("needs a class token")
 

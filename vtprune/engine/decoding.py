@@ -661,7 +661,7 @@ class Pass:
         """Keep this pass's decisions beside the features, for a run without cache that feeds everything again."""
         if not self.items or self.cache is not None or self.input_ids is None:
             return
-        fresh: dict[int, list[tuple[Tensor, Decision]]] = {}  # beams share one record, with an entry each
+        fresh: set[int] = set()  # beams share one record, with an entry each
         for row, images in enumerate(self.images):
             if images:
                 decision = self.replays[row] if self.replays is not None else None
@@ -673,7 +673,9 @@ class Pass:
                         self.items[row].foreign,
                     )
                 record = self.records[images[0]]
-                record.replays = fresh.setdefault(id(record), [])
+                if id(record.replays) not in fresh:
+                    record.replays.clear()
+                    fresh.add(id(record.replays))
                 record.replays.append((self._prompt(row).clone(), decision))
 
     def computed(self, row: int, layer: int) -> Tensor:

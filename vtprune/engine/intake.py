@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.engine.encoding import ImageTokens
-from vtprune.families.base import Site
+from vtprune.engine.items import Item
+from vtprune.families.base import Layout, Site
 from vtprune.pruner import UnsupportedError
 
 # modality -> the argument that holds its pixels
@@ -24,12 +25,14 @@ class Call:
         input_ids: as fed, or None for embeddings.
         masks: modality -> bool [B, L], its placeholders; only of modalities that came.
         features: modality -> projected features per picture or video, in prompt order; filled as they are encoded.
+        runs: whether features that follow each other without a token between them are tiles of one image.
         clock, mark: where time is counted.
     """
 
     input_ids: Tensor | None
     masks: dict[str, Tensor] = field(default_factory=dict)
     features: dict[str, list[Tensor]] = field(default_factory=dict)
+    runs: bool = False
     clock: Any = None
     mark: Any = None
 
@@ -42,7 +45,7 @@ class Call:
         """
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         encoded = given.get("mm_encoder_outputs") or {}
-        call = cls(ids)
+        call = cls(ids, runs=site.family.runs)
         length = (ids if ids is not None else embeds).shape[1]
         for modality, pixels in PIXELS.items():
             token = site.placeholder(modality)
@@ -69,8 +72,10 @@ class Call:
     def in_order(self) -> tuple[Tensor | None, list[Tensor]]:
         """All placeholders bool [B, L], and the features in the order in which they stand in the prompt."""
         came = [modality for modality in self.masks if self.features.get(modality)]
-        if len(came) < 2:
-            return (self.masks[came[0]], self.features[came[0]]) if came else (None, [])
+        if len(came) == 1 and not self.runs:
+            return self.masks[came[0]], self.features[came[0]]
+        if not came:
+            return None, []
         placed = []
         for modality in came:
             slots = self.masks[modality].flatten().nonzero()[:, 0].tolist()
@@ -78,10 +83,34 @@ class Call:
             for feature in self.features[modality]:
                 if at >= len(slots):
                     raise UnsupportedError(f"the prompt has fewer {modality} placeholder tokens than features came.")
-                placed.append((slots[at], feature))
-                at += ImageTokens.of(feature).layout.placeholders
+                count = ImageTokens.of(feature).layout.placeholders
+                placed.append((slots[at], count, feature))
+                at += count
         placed.sort(key=lambda one: one[0])
-        return torch.stack([self.masks[modality] for modality in came]).any(0), [feature for _, feature in placed]
+        mask = torch.stack([self.masks[modality] for modality in came]).any(0)
+        if not self.runs:
+            return mask, [feature for _, _, feature in placed]
+        images: list[list[Tensor]] = []
+        end = -1
+        for start, count, feature in placed:
+            # a row of the batch begins another image
+            if start != end or start % mask.shape[1] == 0:
+                images.append([])
+            images[-1].append(feature)
+            end = start + count
+        return mask, [_one_image(tiles) for tiles in images]
+
+
+def _one_image(tiles: list[Tensor]) -> Tensor:
+    """Tiles that came as pictures of their own, as one image with a record of its own; the first tile remembers it."""
+    if len(tiles) == 1:
+        return tiles[0]
+    joined, first = torch.cat(tiles), ImageTokens.of(tiles[0])
+    index = torch.arange(len(joined), device=joined.device)
+    record = ImageTokens(Item(index, (len(joined),)), Layout(len(joined), tiles=len(tiles)), first.encoding, first.owner)
+    record.replays = first.replays
+    joined._vtprune = record
+    return joined
 
 
 def rows_of(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:

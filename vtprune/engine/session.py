@@ -74,7 +74,8 @@ class Session:
         if part["encode"]:
             blocks, sealed = len(self.site.encoder_layers), self.site.family.sealed
             self.encode_depth = blocks if sealed else self.site.feature_depth(None)
-            encoder = Encoder(self.encode_depth, blocks, "cls" in self.site.capabilities())
+            # a class token that strategies cannot get at is none
+            encoder = Encoder(self.encode_depth, blocks, not sealed and "cls" in self.site.capabilities())
             self.encode_needs = dict(part["encode"].encode_needs(encoder))
             if sealed and self.encode_needs:
                 raise UnsupportedError(
@@ -244,8 +245,15 @@ class Session:
         finally:
             self._local.encoding = None
         with clock.span("selection"):
-            output.pooler_output = attach_records(list(output.pooler_output), encoding, self)
-        self._hand_on("image", call, given.get("pixel_values"), output.pooler_output)
+            pooled = output.pooler_output
+            rows = attach_records(list(pooled), encoding, self)
+            if isinstance(pooled, torch.Tensor):
+                # one tensor for all pictures has to stay one
+                output.pooler_output = pooled = torch.stack(rows) if encoding.items else pooled
+                pooled._vtprune_rows = rows
+            else:
+                output.pooler_output = rows
+        self._hand_on("image", call, given.get("pixel_values"), rows)
         return output.to_tuple() if as_tuple else output
 
     def _encode_video(self, original: Callable, args: tuple, kwargs: dict):

@@ -6,10 +6,20 @@ from torch import nn
 
 from vtprune.families.base import Family, Site
 from vtprune.families.llava import LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION
+from vtprune.families.others import INTERNVL, MISTRAL3, VIP_LLAVA
 from vtprune.families.qwen import QWEN_VL
 from vtprune.pruner import UnsupportedError
 
-FAMILIES: tuple[Family, ...] = (LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, QWEN_VL)
+FAMILIES: tuple[Family, ...] = (
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_NEXT_VIDEO,
+    LLAVA_ONEVISION,
+    VIP_LLAVA,
+    QWEN_VL,
+    INTERNVL,
+    MISTRAL3,
+)
 
 
 def locate(model: nn.Module) -> Site:

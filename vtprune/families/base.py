@@ -99,6 +99,8 @@ class Family:
             decides how many tokens a picture makes.
         videos: (base model, arguments of `get_video_features`, its features) -> the videos' layouts, for families that
             take videos.
+        runs: tiles come as pictures of their own and those that follow each other in the prompt without a token between
+            them are one image.
         sealed: why no token can leave inside the vision encoder, or "" if it can.
         positions: what positions the decoder's embedding allows.
         norm, query, key: names of the norm, query and key projections within a decoder block and its `self_attn`.
@@ -116,6 +118,7 @@ class Family:
     tiles: Callable[[nn.Module, dict[str, Any]], list[int]] | None = None
     layouts: Callable[[nn.Module, dict[str, Any]], list[Layout]] | None = None
     videos: Callable[[nn.Module, dict[str, Any], Any], list[Layout]] | None = None
+    runs: bool = False
     sealed: str = ""
     positions: tuple[str, ...] = ("original", "compact")
     norm: str = "input_layernorm"
