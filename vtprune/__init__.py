@@ -89,13 +89,13 @@ _HOME = {
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "EVS",
     "BudgetError",
     "CDPruner",
     "ClipRelevance",
     "DecodeView",
     "DivPrune",
     "DyCoke",
-    "EVS",
     "EncodeView",
     "Encoder",
     "Evict",
