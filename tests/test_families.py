@@ -140,7 +140,7 @@ PROMPTS = [[2, "A", 5], [3, "B", 2, "A", 4], [1, "B", 7]]
 def applies(family: str, strategy: str) -> None:
     """Skip what refuses an encoder without a class token; test_errors.py holds the refusal."""
     if family != "next" and strategy in CLS:
-        with pytest.raises(vtprune.UnsupportedError, match="cls|does not allow"):
+        with pytest.raises(vtprune.UnsupportedError, match=r"cls|does not allow"):
             vtprune.wrap(model_of(family, "sdpa"), STRATEGIES[strategy]())
         pytest.skip("needs a class token")
 
