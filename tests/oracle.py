@@ -169,7 +169,7 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
             readable = torch.where(queries >= after[None, :], late[layer][None, :], alive[layer][None, :])
             allowed = (causal & readable) | torch.eye(length, dtype=torch.bool)
             # the full model's own positions, which moved tokens take along
-            rope = tuple(part[:, origin[layer]] for part in kwargs["position_embeddings"])
+            rope = tuple(part[..., origin[layer], :] for part in kwargs["position_embeddings"])
             if compact:
                 gone = (~alive[layer]).long()
                 rope = rotary(hidden, position_ids=(torch.arange(length) - (gone.cumsum(0) - gone))[None])

@@ -100,7 +100,7 @@ def test_a_field_of_no_strategy_lists_what_there_is():
 
 @pytest.mark.parametrize("name", ["flowcat", "Flowcut", "flow", "FASTV", "evict+unifrom"])
 def test_unknown_names(name):
-    with pytest.raises(UnknownStrategyError, match=r"unknown .*Available: cdpruner, divprune, dycoke, evict, evs, fastv, .*, visionzip"):
+    with pytest.raises(UnknownStrategyError, match=r"unknown .*Available: cdpruner, .*, evict, evs, .*, visionzip"):
         create(name)
 
 

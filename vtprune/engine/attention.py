@@ -8,6 +8,7 @@ with grouped heads, in fp32, never n x n. The shared config is not touched, so m
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -167,6 +168,16 @@ def _rows(q: Tensor, key: Tensor, scaling: float, request: Request) -> Rows:
     return rows
 
 
+def _rotation(attention: nn.Module) -> Callable | None:
+    """The function with which `attention` rotates queries and keys, or None if it is not one of the known ones."""
+    module = sys.modules[type(attention).__module__]
+    with_axes = getattr(module, "apply_multimodal_rotary_pos_emb", None)
+    if with_axes is None:
+        return getattr(module, "apply_rotary_pos_emb", None)
+    # Qwen-VL before transformers 5.18 joins its axes here, later in the rotary embedding
+    return functools.partial(with_axes, mrope_section=attention.config.rope_parameters["mrope_section"])
+
+
 def rows_ahead(site: Site, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], past: Tensor | None, request: Request):
     """The rows that decoder layer `layer` would have on its input `hidden`: queries of the wanted rows only, keys of all.
 
@@ -178,7 +189,7 @@ def rows_ahead(site: Site, layer: int, hidden: Tensor, rotary: tuple[Tensor, Ten
     block = site.decoder_layers[layer]
     attention, family = block.self_attn, site.family
     parts = [getattr(block, family.norm, None), getattr(attention, family.query, None), getattr(attention, family.key, None)]
-    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    rotate = _rotation(attention)
     if None in parts or rotate is None:
         raise UnsupportedError(
             f"{type(attention).__name__}: the queries and keys of a layer about to run cannot be computed apart from it "

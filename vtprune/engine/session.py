@@ -287,7 +287,8 @@ class Session:
             pooled._vtprune_rows = rows  # one tensor for all videos has to stay one
         else:
             output.pooler_output = rows
-        self._hand_on("video", call, given.get("pixel_values_videos"), rows)
+        pixels = given.get("pixel_values_videos", given.get("pixel_values"))  # its name before transformers 5.18
+        self._hand_on("video", call, pixels, rows)
         return output.to_tuple() if as_tuple else output
 
     def _hand_on(self, modality: str, call: Call | None, pixels: torch.Tensor | None, features: list[torch.Tensor]) -> None:

@@ -35,21 +35,33 @@ def _onevision_tiles(base: nn.Module, given: dict[str, Any]) -> list[int]:
     return [count if single else 1 for count, single in zip(counts, alone, strict=True)]
 
 
-def _pooled_videos(base: nn.Module, given: dict[str, Any], features: Tensor) -> list[Layout]:
-    """Videos [videos, frames * tokens (+ 1), D]: frame by frame, with one newline at the end in LLaVA-OneVision."""
-    videos, length = features.shape[:2]
-    frames = given["pixel_values_videos"].shape[1]
-    tokens = length // frames * frames
-    side = math.isqrt(tokens // frames)
-    visual = None if tokens == length else torch.arange(tokens, device=features.device)
-    return [Layout(length, visual, grid=(side, side), frames=frames) for _ in range(videos)]
+def _frames(given: dict[str, Any]) -> int:
+    pixels = given.get("pixel_values_videos", given.get("pixel_values"))  # its name before transformers 5.18
+    return pixels.shape[1]
+
+
+def _next_videos(base: nn.Module, given: dict[str, Any], features: Tensor | tuple[Tensor, ...]) -> list[Layout]:
+    """Frame by frame, nothing between them."""
+    frames = _frames(given)
+    lengths = [video.numel() // video.shape[-1] for video in features]
+    sides = [math.isqrt(length // frames) for length in lengths]
+    return [Layout(length, grid=(side, side), frames=frames) for length, side in zip(lengths, sides, strict=True)]
+
+
+def _onevision_videos(base: nn.Module, given: dict[str, Any], features: Tensor) -> list[Layout]:
+    """Frame by frame, pooled two by two, with one newline at the end (which older versions add later)."""
+    vision, frames = base.config.vision_config, _frames(given)
+    side = math.ceil(vision.image_size // vision.patch_size / 2)
+    tokens = frames * side * side
+    visual = torch.arange(tokens, device=features.device)
+    return [Layout(tokens + 1, visual, grid=(side, side), frames=frames) for _ in features]
 
 
 LLAVA = Family(name="LLaVA", base_classes=("LlavaModel",))
 LLAVA_NEXT = Family(name="LLaVA-NeXT", base_classes=("LlavaNextModel",), tiles=_next_tiles)
 LLAVA_NEXT_VIDEO = Family(
-    name="LLaVA-NeXT-Video", base_classes=("LlavaNextVideoModel",), tiles=_next_tiles, videos=_pooled_videos
+    name="LLaVA-NeXT-Video", base_classes=("LlavaNextVideoModel",), tiles=_next_tiles, videos=_next_videos
 )
 LLAVA_ONEVISION = Family(
-    name="LLaVA-OneVision", base_classes=("LlavaOnevisionModel",), tiles=_onevision_tiles, videos=_pooled_videos
+    name="LLaVA-OneVision", base_classes=("LlavaOnevisionModel",), tiles=_onevision_tiles, videos=_onevision_videos
 )

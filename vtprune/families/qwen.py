@@ -9,18 +9,17 @@ from torch import nn
 from vtprune.families.base import Family, Layout
 
 
-def _merged_layouts(base: nn.Module, given: dict[str, Any]) -> list[Layout]:
+def _merged_layouts(base: nn.Module, given: dict[str, Any], grids: str = "image_grid_thw") -> list[Layout]:
     merge = base.visual.spatial_merge_size
-    grids = given["video_grid_thw" if "pixel_values_videos" in given else "image_grid_thw"]
     found = []
-    for frames, rows, columns in grids.tolist():
+    for frames, rows, columns in given[grids].tolist():
         grid = (rows // merge, columns // merge)
         found.append(Layout(frames * grid[0] * grid[1], grid=grid, frames=frames))
     return found
 
 
 def _video_layouts(base: nn.Module, given: dict[str, Any], features: Any) -> list[Layout]:
-    return _merged_layouts(base, given)
+    return _merged_layouts(base, given, "video_grid_thw")
 
 
 QWEN_VL = Family(
