@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from models import GRID, IMAGE, batch, images, prompt, tiny_other, tiny_qwen, tiny_tiled
+from models import GRID, IMAGE, batch, images, preencoding, prompt, tiny_other, tiny_qwen, tiny_tiled
 from oracle import Watch, oracle_logits
 from transformers import DynamicCache
 
@@ -296,7 +296,8 @@ def test_grids_of_any_shape(family):
     assert session.report.flops < session.report.flops_full
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2.5"])
+# before, Qwen2.5-VL's own second turn differs from a run of the whole conversation
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen2.5", marks=preencoding)])
 def test_chat_goes_on_over_the_same_cache(family):
     """Positions go on where the unpruned conversation's would: rope_deltas and logical lengths are untouched."""
     model = model_of(family, "sdpa")
