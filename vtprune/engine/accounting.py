@@ -71,8 +71,8 @@ def _slots(run: Pass, images: list[int]) -> Tensor | None:
     if all(layout.visual is None for layout in layouts):
         return None
     slots, start = [], 0
-    for i, layout in zip(images, layouts, strict=True):
-        slots.append(run._visual(run.records[i]) + start)
+    for layout in layouts:
+        slots.append(layout.slots(run.stream.index.device) + start)
         start += layout.placeholders
     return torch.cat(slots)
 

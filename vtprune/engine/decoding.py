@@ -209,7 +209,8 @@ class Pass:
         # separators among the placeholders are no visual tokens: they are neither offered nor dropped
         is_visual = self.placeholders
         if any(r.layout.visual is not None for r in records):
-            where = where[torch.cat([self._visual(r) + at for r, at in zip(records, first.tolist(), strict=False)])]
+            slots = [r.layout.slots(where.device) + at for r, at in zip(records, first.tolist(), strict=False)]
+            where = where[torch.cat(slots)]
             is_visual = torch.zeros_like(self.placeholders).index_put((where[:, 0], where[:, 1]), torch.tensor(True))
         total = len(where)
         starts = torch.tensor([0, *(r.size for r in records)]).cumsum(0)
@@ -251,14 +252,6 @@ class Pass:
             if decision is not None:
                 item.merged, item.foreign = decision.merged, decision.foreign
         return kwargs
-
-    @staticmethod
-    def _visual(record: ImageTokens) -> Tensor:
-        """Which of an image's placeholders are visual."""
-        layout = record.layout
-        if layout.visual is not None:
-            return layout.visual
-        return torch.arange(layout.placeholders, device=record.item.index.device)
 
     def _cutting_layers(self) -> set[int]:
         """Layers before which `prefill` is to be asked in this pass."""

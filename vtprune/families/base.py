@@ -56,6 +56,10 @@ class Layout:
         """N, the image's visual tokens."""
         return self.placeholders if self.visual is None else len(self.visual)
 
+    def slots(self, device: torch.device) -> Tensor:
+        """LongTensor [N], which of its placeholders the visual tokens are."""
+        return torch.arange(self.placeholders, device=device) if self.visual is None else self.visual
+
 
 def layouts_by_packing(pack: Callable[..., Any], arguments: dict[str, Any]) -> list[Layout]:
     """The layouts of tiled images, read off the model's own packing by having it pack patch numbers.
