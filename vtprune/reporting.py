@@ -173,6 +173,8 @@ class Report:
                     "trail": [{"where": step.where, "tokens": len(step.tokens), "merged": step.merged} for step in s.trail()],
                     "images": list(s.images),
                     "grids": [list(g) if g else None for g in s.grids],
+                    "frames": list(s.frames),
+                    "slots": None if s.slots is None else s.slots.tolist(),
                 }
                 for s in self.samples
             ],

@@ -198,8 +198,8 @@ def _grid(sample: SampleReport, number: int) -> tuple[int, int]:
     grid = sample.grids[number]
     if grid is None:
         raise VizError(
-            f"image {number} has {sample.images[number]} visual tokens that form no grid, so they have no place in the "
-            f"picture. The indices are in the report (samples[...].kept)."
+            f"image {number} has {sample.images[number]} visual tokens that form no grid (tiles and frames form several), so "
+            f"they have no place in one picture. The indices are in the report (samples[...].kept)."
         )
     return grid
 
