@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TOKENS, batch, images, prompt, tiny_llava
+from models import TOKENS, batch, images, prompt, tiny_llava, tiny_other, tiny_tiled
 
 import vtprune
 from vtprune.pruner import ShrinkView
@@ -77,6 +77,24 @@ def test_it_composes_with_a_strategy_inside_the_encoder():
     sample = session.report.samples[0]
     assert len(sample.encoded[0][1]) == 16 and len(sample.kept) == 8
     assert [len(c) for c in sample.cached] == [4] * 4
+
+
+@pytest.mark.parametrize("family", ["next", "onevision", "vipllava"])
+def test_families_that_fix_the_count_are_refused(family):
+    model = tiny_other(family) if family == "vipllava" else tiny_tiled(family)
+    with pytest.raises(vtprune.UnsupportedError, match="cannot be given a smaller picture"):
+        vtprune.wrap(model, "resolution", keep=9)
+
+
+def test_merging_later_in_a_batch_is_each_picture_s_own():
+    """What one picture merges on top of the scaling shows in no other's report."""
+    model, pixels = tiny_llava(), images(2)
+    with torch.no_grad(), vtprune.pruning(model, "resolution+visionzip", keep=8) as session:
+        model(**batch([prompt(2, "I", 5), prompt(2, "I", 5)]), pixel_values=pixels)
+        together = session.report.samples
+        for row in range(2):
+            model(**batch([prompt(2, "I", 5)]), pixel_values=pixels[row : row + 1])
+            assert session.report.samples[0].merged == together[row].merged
 
 
 def test_an_encoder_that_takes_no_smaller_picture_is_refused(monkeypatch):

@@ -229,7 +229,7 @@ class Pass:
         elif self.plan.pruner.part("select") is not None:
             self._select(items, records, where, starts, embeds)
         if self.selected or any(item.ordered for item in items):
-            embeds = self._arrange(items, where, starts, embeds.clone())
+            embeds = self._arrange(items, where, starts, embeds.clone(memory_format=torch.contiguous_format))
             kwargs = {**kwargs, "inputs_embeds": embeds}
         self.embeds = embeds
 

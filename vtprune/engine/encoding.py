@@ -129,10 +129,8 @@ class Encoding:
                 self.items = [Item(index, (patches,)) for _ in range(hidden.shape[0])]
             else:
                 start = self.start
-                self.items = [
-                    Item(start.index, (start.size,), merged=dict(start.merged), cuts=[(-1, start.index)])
-                    for _ in range(hidden.shape[0])
-                ]
+                first = Item(start.index, (start.size,), merged=start.merged, cuts=[(-1, start.index)])
+                self.items = [first.copy() for _ in range(hidden.shape[0])]
             self.sequence = self.special + self.items[0].sizes[0]
         self.lengths.append([self.special + n for n in self.counts])
         if self._mask is None:

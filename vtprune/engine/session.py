@@ -95,6 +95,8 @@ class Session:
             dict(part["decode"].decode_needs(depth)) if part["decode"] else {},
         )
         self._check_layers(self.plan.prefill, 1, depth, "prefill")
+        if any(need.ahead and (need.values or need.queries is None) for need in self.plan.prefill.values()):
+            raise VtpruneError(f"{part['prefill'].name}: Needs(ahead=True) gives rows and keys; it needs queries, not values.")
         self._check_layers(self.plan.decode, 0, depth, "decode")
         self._local = threading.local()
         self._undo: list[Callable[[], None]] = []
@@ -294,7 +296,8 @@ class Session:
     def _hand_on(self, modality: str, call: Call | None, pixels: torch.Tensor | None, features: list[torch.Tensor]) -> None:
         """Give features to the call that they were computed in, or remember that they were computed ahead of one."""
         if call is None:
-            self._local.fresh = [*getattr(self._local, "fresh", ()), *(weakref.ref(f) for f in features)]
+            known = [ref for ref in getattr(self._local, "fresh", ()) if ref() is not None]
+            self._local.fresh = [*known, *(weakref.ref(f) for f in features)]
             return
         call.features[modality] = features
         self._hand_on_decisions(modality, pixels, features)

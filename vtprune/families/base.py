@@ -181,6 +181,11 @@ class Site:
         Raises:
             UnsupportedError: naming those that can.
         """
+        if self.family.tiles is not None or self.family.sealed:
+            raise UnsupportedError(
+                f"{self.family.name} fixes how many tokens a picture makes (tiles, or patches that are joined), so it cannot "
+                f"be given a smaller picture here. Resize the picture yourself, or use a strategy of another stage."
+            )
         if self.vision_type not in self.family.resizable:
             raise UnsupportedError(
                 f"a {self.vision_type!r} vision tower cannot be given a smaller picture here (known: "

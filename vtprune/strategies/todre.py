@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from vtprune.pruner import Budget, BudgetError, Encoder, EncodeView, Keep, Needs, PrefillView, Pruner, Rows, SelectView
-from vtprune.select import k_center, max_sum, top
+from vtprune.select import k_center, max_sum, row_mean, top
 
 VARIANTS = {"max_sum": max_sum, "k_center": k_center}
 
 
 def visual_mass(rows: Rows) -> Tensor:
     """[B] mean over text rows and heads of the attention mass on visual tokens; 0 without a text row."""
-    mass = rows.attention().sum(-1).mean(1).masked_fill(~rows.valid, 0.0)
-    return mass.sum(-1) / rows.valid.sum(-1).clamp(min=1)
+    return row_mean(rows).sum(-1)
 
 
 @dataclass
