@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -175,6 +175,21 @@ class Rows:
         return torch.exp(self.logits - self.lse[..., None])
 
 
+@dataclass(frozen=True)
+class FramePlan:
+    """For the report: what each of a video's F frames (or merged pairs of them) scored and got.
+
+    Parameters:
+        tokens: visual tokens of each frame.
+        scores: relevance of each frame, or None where frames were not scored.
+        grids: (rows, columns) that each frame was resized to, (0, 0) for one that left; None where nothing was resized.
+    """
+
+    tokens: tuple[int, ...]
+    scores: tuple[float, ...] | None = None
+    grids: tuple[tuple[int, int], ...] | None = None
+
+
 @dataclass
 class Keep:
     """What a stage returns.
@@ -190,6 +205,7 @@ class Keep:
         ordered: the tokens go on in the order of `indices`, for papers that rearrange them; not in `decode`.
         foreign: for the report, LongTensor [B, F] (or one per item): kept indices whose replaced vector no longer
             stands for that token, such as a class token that took its place.
+        plans: for the report of `select`, one per item: what each frame of a video got.
     """
 
     indices: Tensor | list[Tensor]
@@ -197,6 +213,7 @@ class Keep:
     into: Tensor | list[Tensor] | None = None
     ordered: bool = False
     foreign: Tensor | list[Tensor] | None = None
+    plans: list[FramePlan] | None = None
 
 
 @dataclass
@@ -297,6 +314,26 @@ class EncodeView(View):
 
 
 @dataclass
+class Frames:
+    """A video before the model pools it, for strategies that resize frames (`Pruner.reads_frames`).
+
+    Parameters:
+        features: [T, N, C] each frame's features in raster order, in the model's dtype; projected unless `project` is given.
+        grid: (rows, columns) of them, N cells.
+        project: [M, C] -> [M, D], for models that project after pooling; None where C is D already.
+        pixels: [F, 3, H, W] the frames as the model was fed them, normalised; F is T, or a multiple of it where the model
+            merges frames in time. None where they cannot be had.
+        newline: [D] the model's row separator, or None if it has none.
+    """
+
+    features: Tensor
+    grid: tuple[int, int]
+    project: Callable[[Tensor], Tensor] | None = None
+    pixels: Tensor | None = None
+    newline: Tensor | None = None
+
+
+@dataclass
 class SelectView(View):
     """Between projector and decoder.
 
@@ -304,6 +341,7 @@ class SelectView(View):
         features: [B, N, D] projected visual embeddings, in the model's dtype.
         grid: (rows, columns) of the unpruned grid, or None; of a video, one frame's.
         frames: 1 for a picture; of a video, how many frames its unpruned tokens come in, one after the other.
+        videos: B videos before pooling, if `Pruner.reads_frames`; empty for pictures.
         ordinal: LongTensor [B] on the CPU, which image of its sample an item is (0 for the first).
         text: B tensors [T, D], the text embeddings of the item's sample.
         ids: B LongTensors [T], the token ids behind them, or empty if the user fed embeddings.
@@ -315,6 +353,7 @@ class SelectView(View):
     text: list[Tensor] = field(default_factory=list)
     ids: list[Tensor] = field(default_factory=list)
     frames: int = 1
+    videos: list[Frames] = field(default_factory=list)
 
     def by_frame(self) -> Tensor:
         """[B, frames, tokens of a frame, D] features of a whole video.
@@ -376,6 +415,7 @@ class Pruner:
         requires: capabilities of the model that it cannot do without, of {"cls"}.
         reads: what it reads besides attention rows, in words, for `vtprune list`.
         modality: "video" if it serves videos alone, "any" otherwise.
+        reads_frames: whether `select` wants videos as they are before the model pools them (`SelectView.videos`).
     """
 
     name: ClassVar[str] = ""
@@ -384,6 +424,7 @@ class Pruner:
     requires: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[tuple[str, ...]] = ()
     modality: ClassVar[str] = "any"
+    reads_frames: ClassVar[bool] = False
 
     keep: Budget | None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vtprune.measure.clock import Clock
+    from vtprune.pruner import FramePlan
 
 
 @dataclass
@@ -29,6 +30,7 @@ class SampleReport:
             a picture that was scaled down before the encoder.
         merged: {kept index: indices averaged into it}, empty where nothing merged.
         frames: of each image, 1; of a video, its frames.
+        plans: of each image, None; of a video, what each frame got, if the strategy divided its budget over frames.
         slots: which of the sample's image placeholders in the prompt its visual tokens are, where some separate rows
             (newline embeddings of tiled pictures, which always stay); None where all are visual.
         foreign: kept indices whose vector stands for something else, such as the class token in a dropped patch's place.
@@ -47,6 +49,7 @@ class SampleReport:
     foreign: list[int] = field(default_factory=list)
     slots: Tensor | None = None
     frames: list[int] = field(default_factory=list)
+    plans: list[FramePlan | None] = field(default_factory=list)
 
     @property
     def equivalent_tokens(self) -> float:
@@ -174,6 +177,7 @@ class Report:
                     "images": list(s.images),
                     "grids": [list(g) if g else None for g in s.grids],
                     "frames": list(s.frames),
+                    "plans": [None if plan is None else asdict(plan) for plan in s.plans],
                     "slots": None if s.slots is None else s.slots.tolist(),
                 }
                 for s in self.samples

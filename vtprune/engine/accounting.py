@@ -39,6 +39,7 @@ def report_of(run: Pass) -> Report | None:
                 grids=[grid(run.records[i].layout) for i in images],
                 slots=_slots(run, images),
                 frames=[run.records[i].layout.frames for i in images],
+                plans=[run.image_items[i].plan for i in images],
             )
         )
     notes = [*dict.fromkeys([n for r in run.records if r.encoding is not None for n in r.encoding.notes] + run.notes)]

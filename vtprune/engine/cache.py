@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import inspect
+from functools import cache
+
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from vtprune.pruner import UnsupportedError
+
+OLD_NAME = "past_key_values"
+
+
+def cache_name(module: nn.Module) -> str:
+    """What this model, and its outputs, call the cache: "cache", or "past_key_values" before transformers 5.24."""
+    return _name_in(type(module))
+
+
+@cache
+def _name_in(model: type[nn.Module]) -> str:
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else OLD_NAME
 
 
 class PrunedLayer(DynamicLayer):

@@ -9,6 +9,7 @@ features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from vtprune.engine.attention import Request, kernel_mask, rows_ahead
-from vtprune.engine.cache import PrunedLayer, check_cache, is_pruned, pruned_layer
+from vtprune.engine.cache import OLD_NAME, PrunedLayer, cache_name, check_cache, is_pruned, pruned_layer
 from vtprune.engine.encoding import ImageTokens
 from vtprune.engine.items import Choice, Item, checked, slice_rows, stack_carry, unstack_carry
 from vtprune.engine.stream import Stream, compress, groups, join_valid, take
@@ -95,10 +96,20 @@ class Pass:
         input_ids: LongTensor [B, L] as the user fed them, or None if embeddings were fed.
         placeholders: bool [B, L], where image features were put; None if there are no images.
         features: projected features per image, in the order of their placeholders.
+        aside: within it, calls of the wrapped model are left alone; a strategy may ask the model itself.
     """
 
-    def __init__(self, plan: Plan, clock: Clock, input_ids=None, placeholders=None, features: list[Tensor] | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        clock: Clock,
+        input_ids: Tensor | None = None,
+        placeholders: Tensor | None = None,
+        features: list[Tensor] | None = None,
+        aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
         self.plan, self.clock, self.input_ids, self.placeholders = plan, clock, input_ids, placeholders
+        self.aside = aside
         self.features = features or []
         self.stream: Stream | None = None
         self.streams: list[Stream] = []
@@ -131,7 +142,10 @@ class Pass:
 
     def begin(self, kwargs: dict) -> dict | None:
         """Prepare the pass from the language model's arguments; returns them shortened, or None to leave them."""
-        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        name = cache_name(self.plan.site.decoder)
+        if name != OLD_NAME and kwargs.get(OLD_NAME) is not None:
+            kwargs[name] = kwargs.pop(OLD_NAME)  # newer models still take it by its old name
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(name)
         self.cache = cache
         pruned_before = is_pruned(cache)
         if not self.features and not pruned_before:
@@ -149,7 +163,7 @@ class Pass:
         use_cache = config.use_cache if use_cache is None else use_cache
         asks = self.features and self.plan.pruner.asks_to_prune(tuple(ImageTokens.of(f).size for f in self.features))
         if use_cache and self.cache is None:
-            self.cache = kwargs["past_key_values"] = DynamicCache(config=config)
+            self.cache = kwargs[cache_name(self.plan.site.decoder)] = DynamicCache(config=config)
         if self.cache is not None and asks:
             check_cache(self.cache, self.plan.depth)
         past = 0 if self.cache is None else self.cache.get_seq_length()
@@ -355,8 +369,10 @@ class Pass:
                 ordinal=torch.tensor([first[i] for i in group]),
                 text=[text(row_of[i])[0] for i in group],
                 ids=[text(row_of[i])[1] for i in group],
+                videos=[records[i].frames for i in group if records[i].frames is not None],
             )
-            keep = strategy.select(view)
+            with self.aside():
+                keep = strategy.select(view)
             unstack_carry(members, view.carry)
             if keep is None:
                 continue

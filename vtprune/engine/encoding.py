@@ -13,7 +13,7 @@ from vtprune.engine.items import Choice, Item, checked, slice_rows, stack_carry,
 from vtprune.engine.stream import groups
 from vtprune.families.base import Layout, layouts_by_packing
 from vtprune.measure.clock import Clock
-from vtprune.pruner import EncodeView, Needs, Pruner, Rows, UnsupportedError, VtpruneError
+from vtprune.pruner import EncodeView, Frames, Needs, Pruner, Rows, UnsupportedError, VtpruneError
 
 
 @dataclass
@@ -74,6 +74,7 @@ class Encoding:
         self.kernel, self.grid, self.clock, self.start = kernel, grid, clock, start
         self.parts = None if tiles is None else [(at, n) for n in tiles for at in range(n)]
         self.layouts: list[Layout] | None = None
+        self.unpooled: Tensor | None = None  # what went into the pooling of a video's frames
         self.notes: list[str] = []
         self.items: list[Item] = []
         self.sequence = 0
@@ -246,10 +247,13 @@ class ImageTokens:
         layout: how the image's placeholders stand for patches.
         encoding: the run it came from, or None for features that a user computed elsewhere.
         owner: the session that ran it.
+        frames: of a video, what it was before the model pooled it, where a strategy reads that.
     """
 
-    def __init__(self, item: Item, layout: Layout, encoding: Encoding | None, owner: object = None):
-        self.item, self.layout, self.encoding, self.owner = item, layout, encoding, owner
+    def __init__(
+        self, item: Item, layout: Layout, encoding: Encoding | None, owner: object = None, frames: Frames | None = None
+    ):
+        self.item, self.layout, self.encoding, self.owner, self.frames = item, layout, encoding, owner, frames
         self.replays: list[tuple[Tensor, object]] = []
 
     @property

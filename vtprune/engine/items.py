@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vtprune.pruner import Keep, Rows, VtpruneError
+from vtprune.pruner import FramePlan, Keep, Rows, VtpruneError
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Choice:
 
     Parameters:
         kept: LongTensor [K], positions in the view; ascending unless `ordered`.
-        hidden: [K, ...] replacement vectors, or None; into, foreign: as in `Keep`, or None.
+        hidden: [K, ...] replacement vectors, or None; into, foreign, plan: as in `Keep`, or None.
     """
 
     kept: Tensor
@@ -24,6 +24,7 @@ class Choice:
     into: Tensor | None = None
     ordered: bool = False
     foreign: Tensor | None = None
+    plan: FramePlan | None = None
 
     def changes(self, tokens: int) -> bool:
         """Whether it does anything to an item of so many tokens."""
@@ -42,6 +43,7 @@ class Item:
         foreign: numbers of survivors whose vector stands for something else.
         cuts: (layer, survivors' numbers) after each cut.
         ordered: whether a strategy has rearranged them, so that `index` need not ascend.
+        plan: what each frame of a video got, if a strategy said so.
     """
 
     index: Tensor
@@ -51,6 +53,7 @@ class Item:
     foreign: list[int] = field(default_factory=list)
     cuts: list[tuple[int, Tensor]] = field(default_factory=list)
     ordered: bool = False
+    plan: FramePlan | None = None
 
     def cut(self, choice: Choice) -> None:
         """Keep the chosen tokens."""
@@ -61,11 +64,13 @@ class Item:
         self.index = self.index[choice.kept]
         self.carry = {name: t[choice.kept] for name, t in self.carry.items()}
         self.ordered = self.ordered or choice.ordered
+        self.plan = choice.plan or self.plan
 
     def copy(self) -> Item:
         """Another item with the same content, for another call over the same features."""
         merged = {k: list(v) for k, v in self.merged.items()}
-        return Item(self.index, self.sizes, dict(self.carry), merged, list(self.foreign), list(self.cuts), self.ordered)
+        kept = (dict(self.carry), merged, list(self.foreign), list(self.cuts), self.ordered, self.plan)
+        return Item(self.index, self.sizes, *kept)
 
     def _merge(self, kept: Tensor, into: Tensor | None) -> None:
         numbers, alive = self.index.tolist(), set(kept.tolist())
@@ -134,6 +139,7 @@ def checked(keep: Keep, items: int, tokens: int, who: str, least: int = 1) -> li
                 None if into is None else into[at],
                 keep.ordered,
                 None if foreign is None else foreign[at],
+                None if keep.plans is None else keep.plans[at],
             )
         )
     return choices

@@ -13,7 +13,8 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from vtprune.engine.attention import attach_tap
 from vtprune.engine.decoding import Pass, Plan
 from vtprune.engine.encoding import Encoding, Start, attach_records, new_clock
 from vtprune.engine.identity import identify
-from vtprune.engine.intake import Call
+from vtprune.engine.intake import PIXELS, Call
 from vtprune.families import locate
 from vtprune.measure.clock import NoClock
 from vtprune.pruner import BudgetError, Encoder, Pipeline, Pruner, ShrinkView, UnsupportedError, VtpruneError
@@ -65,6 +66,7 @@ class Session:
                 f"does not have. See vtprune.available() for strategies that do without."
             )
         pruner.check_model(identify(model))
+        self.reads_frames = pruner.part("select") is not None and pruner.part("select").reads_frames
         depth = len(self.site.decoder_layers)
         part = {stage: pruner.part(stage) for stage in ("shrink", "encode", "prefill", "decode")}
         if part["shrink"]:
@@ -143,6 +145,10 @@ class Session:
             self._override(base, "get_video_features", self._encode_video)
         if self.site.family.tiles is not None:
             self._override(base, "pack_image_features", self._pack)
+        if self.reads_frames and self.site.family.pooling:
+            pooling = getattr(base, self.site.family.pooling)
+            owner, name = (pooling, "forward") if isinstance(pooling, nn.Module) else (base, self.site.family.pooling)
+            self._override(owner, name, self._pool)
         self._hook(base.register_forward_pre_hook, self._before_base, with_kwargs=True)
         self._hook(base.register_forward_hook, self._after_base, always_call=True)
         self._hook(decoder.register_forward_pre_hook, self._before_decoder, with_kwargs=True)
@@ -166,7 +172,24 @@ class Session:
                     self._undo.append(attach_tap(block.self_attn, functools.partial(self._encoder_requests, at)))
 
     def _hook(self, register: Callable, hook: Callable, **options) -> None:
-        self._undo.append(register(hook, **options).remove)
+        @functools.wraps(hook)
+        def unless_aside(*args, **kwargs):
+            return None if self._is_aside else hook(*args, **kwargs)
+
+        self._undo.append(register(unless_aside, **options).remove)
+
+    @property
+    def _is_aside(self) -> bool:
+        return getattr(self._local, "aside", False)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Calls of the model made in this thread run as if it were not wrapped."""
+        self._local.aside = True
+        try:
+            yield
+        finally:
+            self._local.aside = False
 
     def _override(self, base: nn.Module, name: str, replacement: Callable) -> None:
         """An instance attribute in front of the class's method, which generate() and forward() both look up there."""
@@ -174,7 +197,7 @@ class Session:
 
         @functools.wraps(original)
         def method(*args, **kwargs):
-            return replacement(original, args, kwargs)
+            return original(*args, **kwargs) if self._is_aside else replacement(original, args, kwargs)
 
         setattr(base, name, method)
 
@@ -192,6 +215,13 @@ class Session:
         if encoding is None:
             return original(*args, **kwargs)
         return encoding.pack(original, dict(inspect.signature(original).bind(*args, **kwargs).arguments))
+
+    def _pool(self, original: Callable, args: tuple, kwargs: dict):
+        """The model's pooling of a video's frames, watched for strategies that read frames."""
+        encoding = getattr(self._local, "encoding", None)
+        if encoding is not None:
+            encoding.unpooled = next(iter([*args, *kwargs.values()]))
+        return original(*args, **kwargs)
 
     def _arguments(self, module: str, args: tuple, kwargs: dict) -> dict:
         """All arguments of a forward call by name."""
@@ -225,7 +255,7 @@ class Session:
             with clock.span("selection"):
                 given, start, notes = self._shrink(given)
             args, kwargs = (), {name: value for name, value in given.items() if name != "kwargs"}
-        self._local.encoding = encoding = Encoding(
+        encoding = Encoding(
             pruner,
             self.encode_needs,
             self.encode_depth,
@@ -238,25 +268,7 @@ class Session:
         )
         if start is not None:
             encoding.notes.extend(notes)
-        as_tuple = kwargs.pop("return_dict", True) is False
-        try:
-            with clock.span("prefill" if call is None else "encode"):
-                output = original(*args, **kwargs, return_dict=True)
-            if self.site.family.layouts is not None:
-                encoding.layouts = self.site.family.layouts(self.site.base, given)
-        finally:
-            self._local.encoding = None
-        with clock.span("selection"):
-            pooled = output.pooler_output
-            rows = attach_records(list(pooled), encoding, self)
-            if isinstance(pooled, torch.Tensor):
-                # one tensor for all pictures has to stay one
-                output.pooler_output = pooled = torch.stack(rows) if encoding.items else pooled
-                pooled._vtprune_rows = rows
-            else:
-                output.pooler_output = rows
-        self._hand_on("image", call, given.get("pixel_values"), rows)
-        return output.to_tuple() if as_tuple else output
+        return self._encoded("image", encoding, call, original, args, kwargs, given)
 
     def _encode_video(self, original: Callable, args: tuple, kwargs: dict):
         """`get_video_features`, counted and recorded; frames are pooled or merged, so no token leaves inside the encoder."""
@@ -275,22 +287,40 @@ class Session:
         clock = call.clock if call is not None else new_clock(self.site.base)
         encoding = Encoding(None, {}, 0, 0, self._encoder_kernel, self.site.grid, clock)
         encoding.notes.extend(notes)
-        self._local.encoding = encoding
+        return self._encoded("video", encoding, call, original, args, kwargs, given)
+
+    def _encoded(
+        self, modality: str, encoding: Encoding, call: Call | None, original: Callable, args: tuple, kwargs: dict, given: dict
+    ):
+        """Run the encoder under the eyes of `encoding`, and put a record on the features of each picture or video."""
+        family, clock, pixels = self.site.family, encoding.clock, given.get(PIXELS[modality])
         as_tuple = kwargs.pop("return_dict", True) is False
+        self._local.encoding = encoding
         try:
             with clock.span("prefill" if call is None else "encode"):
                 output = original(*args, **kwargs, return_dict=True)
         finally:
             self._local.encoding = None
-        pooled = output.pooler_output
-        encoding.layouts = self.site.family.videos(self.site.base, given, pooled)
-        rows = attach_records(list(pooled), encoding, self)
-        if isinstance(pooled, torch.Tensor):
-            pooled._vtprune_rows = rows  # one tensor for all videos has to stay one
-        else:
-            output.pooler_output = rows
-        pixels = given.get("pixel_values_videos", given.get("pixel_values"))  # its name before transformers 5.18
-        self._hand_on("video", call, pixels, rows)
+        with clock.span("selection"):
+            pooled = output.pooler_output
+            if modality == "video":
+                encoding.layouts = family.videos(self.site.base, given, pooled)
+                pixels = given.get("pixel_values") if pixels is None else pixels  # its name before transformers 5.18
+            elif family.layouts is not None:
+                encoding.layouts = family.layouts(self.site.base, given)
+            features = list(pooled)
+            rows = attach_records(features, encoding, self)
+            if not isinstance(pooled, torch.Tensor):
+                output.pooler_output = rows
+            else:
+                if any(row is not feature for row, feature in zip(rows, features, strict=True)):
+                    output.pooler_output = pooled = torch.stack(rows)  # one tensor for all has to stay one
+                pooled._vtprune_rows = rows
+            if modality == "video" and self.reads_frames:
+                before = self.site.frames(given, encoding.unpooled, features, encoding.layouts)
+                for row, frames in zip(rows, before, strict=True):
+                    row._vtprune.frames = frames
+        self._hand_on(modality, call, pixels, rows)
         return output.to_tuple() if as_tuple else output
 
     def _hand_on(self, modality: str, call: Call | None, pixels: torch.Tensor | None, features: list[torch.Tensor]) -> None:
@@ -328,9 +358,9 @@ class Session:
         seen = self._local.__dict__.setdefault("pixels", {})
         last, before = seen.get(modality, (None, []))
         if last is not None and last() is pixels and len(before) == len(features):
-            for record, feature in zip(before, features, strict=True):
-                feature._vtprune.replays = record.replays
-        seen[modality] = (weakref.ref(pixels), [f._vtprune for f in features])
+            for replays, feature in zip(before, features, strict=True):
+                feature._vtprune.replays = replays
+        seen[modality] = (weakref.ref(pixels), [f._vtprune.replays for f in features])
 
     def _encoder_kernel(self) -> str:
         config = self.site.encoder_layers[0].self_attn.config
@@ -352,7 +382,7 @@ class Session:
 
     def _encoder_requests(self, block: int):
         encoding = getattr(self._local, "encoding", None)
-        return () if encoding is None else encoding.requests(block)
+        return () if encoding is None or self._is_aside else encoding.requests(block)
 
     # ------------------------------------------------------------------ the base model
 
@@ -421,7 +451,7 @@ class Session:
         self._local.running = None
         call = getattr(self._local, "call", None)
         if call is not None and any(call.features.values()):
-            running = Pass(self.plan, call.clock, call.input_ids, *call.in_order())
+            running = Pass(self.plan, call.clock, call.input_ids, *call.in_order(), aside=self._aside)
         else:
             running = Pass(self.plan, NoClock())
         self._local.running = running
@@ -434,7 +464,7 @@ class Session:
 
     def _decoder_requests(self, layer: int):
         running = getattr(self._local, "running", None)
-        return () if running is None else running.requests(layer)
+        return () if running is None or self._is_aside else running.requests(layer)
 
     def _after_decoder(self, module, args, output):
         running, self._local.running = getattr(self._local, "running", None), None

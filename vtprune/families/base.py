@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.pruner import UnsupportedError
+from vtprune.pruner import Frames, UnsupportedError
 
 
 def resolve(module: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
@@ -84,6 +84,11 @@ def layouts_by_packing(pack: Callable[..., Any], arguments: dict[str, Any]) -> l
     return found
 
 
+def video_pixels(base: nn.Module, given: dict[str, Any]) -> list[Tensor]:
+    """Frames per video where they are fed as [videos, frames, 3, H, W]."""
+    return list(given.get("pixel_values_videos", given.get("pixel_values")))  # its name before transformers 5.18
+
+
 @dataclass(frozen=True)
 class Family:
     """A model family, declared.
@@ -103,6 +108,11 @@ class Family:
             decides how many tokens a picture makes.
         videos: (base model, arguments of `get_video_features`, its features) -> the videos' layouts, for families that
             take videos.
+        pooling: name of the base model's method or module that pools a video's frames, fed [frames, patches, C]; "" where a
+            video's features are not pooled after the vision tower.
+        projects_pooled: whether the projector comes after that pooling.
+        pixels: arguments of `get_video_features` -> the frames of each video [F, 3, H, W].
+        newline: name of the base model's separator of rows, or "".
         runs: tiles come as pictures of their own and those that follow each other in the prompt without a token between
             them are one image.
         sealed: why no token can leave inside the vision encoder, or "" if it can.
@@ -122,6 +132,10 @@ class Family:
     tiles: Callable[[nn.Module, dict[str, Any]], list[int]] | None = None
     layouts: Callable[[nn.Module, dict[str, Any]], list[Layout]] | None = None
     videos: Callable[[nn.Module, dict[str, Any], Any], list[Layout]] | None = None
+    pooling: str = ""
+    projects_pooled: bool = False
+    pixels: Callable[[nn.Module, dict[str, Any]], list[Tensor]] = video_pixels
+    newline: str = ""
     runs: bool = False
     sealed: str = ""
     positions: tuple[str, ...] = ("original", "compact")
@@ -238,6 +252,29 @@ class Site:
             tokens = tokens.size
         side = math.isqrt(tokens)
         return (side, side) if side * side == tokens else None
+
+    def frames(
+        self, given: dict[str, Any], pooled: Tensor | None, features: list[Tensor], layouts: list[Layout]
+    ) -> list[Frames]:
+        """Videos as they are before the model pools them.
+
+        Parameters:
+            given: arguments of `get_video_features`; features: what it returned per video.
+            pooled: [frames of all videos, patches, C] what went into the pooling; None in families that do not pool.
+        """
+        family, base = self.family, self.base
+        project = self.projector if family.projects_pooled else None
+        newline = getattr(base, family.newline) if family.newline else None
+        found, start = [], 0
+        for feature, layout, pixels in zip(features, layouts, family.pixels(base, given), strict=True):
+            if pooled is None:
+                whole, grid = feature[layout.slots(feature.device)].unflatten(0, (layout.frames, -1)), layout.grid
+            else:
+                whole, start = pooled[start : start + layout.frames], start + layout.frames
+                side = math.isqrt(whole.shape[1])
+                grid = (side, side)
+            found.append(Frames(whole, grid, project, pixels, newline))
+        return found
 
     def layouts(self, image_sizes: Tensor) -> list[Layout]:
         """The layouts of pictures of these sizes [n, 2] (height, width), for families that cut them into tiles."""

@@ -60,8 +60,18 @@ def _onevision_videos(base: nn.Module, given: dict[str, Any], features: Tensor) 
 LLAVA = Family(name="LLaVA", base_classes=("LlavaModel",))
 LLAVA_NEXT = Family(name="LLaVA-NeXT", base_classes=("LlavaNextModel",), tiles=_next_tiles)
 LLAVA_NEXT_VIDEO = Family(
-    name="LLaVA-NeXT-Video", base_classes=("LlavaNextVideoModel",), tiles=_next_tiles, videos=_next_videos
+    name="LLaVA-NeXT-Video",
+    base_classes=("LlavaNextVideoModel",),
+    tiles=_next_tiles,
+    videos=_next_videos,
+    pooling="vision_resampler",
+    projects_pooled=True,
 )
 LLAVA_ONEVISION = Family(
-    name="LLaVA-OneVision", base_classes=("LlavaOnevisionModel",), tiles=_onevision_tiles, videos=_onevision_videos
+    name="LLaVA-OneVision",
+    base_classes=("LlavaOnevisionModel",),
+    tiles=_onevision_tiles,
+    videos=_onevision_videos,
+    pooling="apply_pooling",
+    newline="image_newline",
 )

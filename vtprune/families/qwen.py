@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vtprune.families.base import Family, Layout
 
@@ -22,6 +22,21 @@ def _video_layouts(base: nn.Module, given: dict[str, Any], features: Any) -> lis
     return _merged_layouts(base, given, "video_grid_thw")
 
 
+def _frame_pixels(base: nn.Module, given: dict[str, Any]) -> list[Tensor]:
+    """Frames put together again from the patches that they are fed as."""
+    vision, merge = base.visual.config, base.visual.spatial_merge_size
+    patch, times = vision.patch_size, vision.temporal_patch_size
+    grids = given["video_grid_thw"].tolist()
+    pixels = given.get("pixel_values_videos", given.get("pixel_values"))  # its name before transformers 5.18
+    found = []
+    for video, (slots, rows, columns) in zip(pixels.split([t * h * w for t, h, w in grids]), grids, strict=True):
+        # patches come block by block of those that will be merged: slot, block row, block column, row, column
+        blocks = video.view(slots, rows // merge, columns // merge, merge, merge, -1, times, patch, patch)
+        frames = blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+        found.append(frames.reshape(slots * times, -1, rows * patch, columns * patch))
+    return found
+
+
 QWEN_VL = Family(
     name="Qwen-VL",
     base_classes=("Qwen2VLModel", "Qwen2_5_VLModel"),
@@ -30,6 +45,7 @@ QWEN_VL = Family(
     special_tokens=(),
     layouts=_merged_layouts,
     videos=_video_layouts,
+    pixels=_frame_pixels,
     sealed="its vision tower merges patches two by two and attends within windows, so they cannot leave one by one",
     # a token's place in the picture is in its position: there is no other numbering of what is left
     positions=("original",),

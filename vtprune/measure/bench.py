@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from vtprune.api import pruning
+from vtprune.engine.cache import cache_name
 from vtprune.families import locate
 from vtprune.measure.clock import Clock
 from vtprune.pruner import Pruner, UnsupportedError, VtpruneError
@@ -217,15 +218,16 @@ def timed(model: nn.Module, inputs: dict[str, Any], case: Case, decode_steps: in
             output = model(**inputs, use_cache=True, logits_to_keep=1)
         decode = None
         if decode_steps:
+            name = cache_name(model)
             token = output.logits[:, -1:].argmax(-1)
             mask = inputs.get("attention_mask")
             for _ in range(decode_steps):
-                more = {}
+                more = {name: getattr(output, name)}
                 if mask is not None:
                     mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
                     more["attention_mask"] = mask
                 with clock.span("decode"):
-                    output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **more)
+                    output = model(input_ids=token, use_cache=True, **more)
                 token = output.logits[:, -1:].argmax(-1)
             decode = clock.total("decode") / decode_steps
         return Run(clock.total("prefill"), clock.total("encoder"), decode, session.report if session else None)

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vtprune.api import _SESSION, pruning
+from vtprune.engine.cache import cache_name
 from vtprune.families import locate
 from vtprune.images import ImageError, open_image
 from vtprune.pruner import Pruner, UnsupportedError, VtpruneError
@@ -399,7 +400,8 @@ class Proxy:
         """Feed tokens over the cache; `sofar` were fed after the prompt before."""
         mask = group.text["attention_mask"]
         mask = torch.cat([mask, mask.new_ones(len(mask), sofar + fed.shape[1])], 1)
-        return self.model(input_ids=fed, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
+        name = cache_name(self.model)
+        return self.model(input_ids=fed, attention_mask=mask, use_cache=True, **{name: getattr(output, name)})
 
     def _logprobs(self, logits: Tensor) -> Tensor:
         logits = logits.float()
