@@ -14,6 +14,12 @@ import vtprune
 from vtprune.pruner import Keep, SelectView
 
 FRAMES = 4
+
+
+def brightness(pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return pixels.double().clamp(min=0).flatten(1).mean(1) ** 4
+
+
 STRATEGIES = {
     "uniform": lambda: vtprune.Uniform(keep=12),
     "todre": lambda: vtprune.ToDRE(keep=14),
@@ -26,6 +32,10 @@ STRATEGIES = {
     "framedrop": lambda: vtprune.FrameDrop(keep=16),
     "evs": lambda: vtprune.EVS(keep=13),
     "dycoke": lambda: vtprune.DyCoke(keep=0.5),
+    "quota": lambda: vtprune.QuoTA(keep=13),
+    "quota-tome": lambda: vtprune.QuoTA(keep=0.4, reducer="tome", scorer=brightness),
+    "quota-within": lambda: vtprune.QuoTA(keep=15, within=vtprune.DivPrune(), scorer=brightness),
+    "quota+fastv": lambda: vtprune.QuoTA(keep=20, scorer=brightness) + vtprune.FastV(keep=12, layer=1),
     "divprune+fastv+evict": lambda: vtprune.create("divprune+fastv+evict", keep=10, layer=1),
 }
 every_family = pytest.mark.parametrize("family", ["onevision", "next-video", "qwen2", "qwen2.5"])

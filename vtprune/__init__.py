@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vtprune.strategies.mustdrop import MustDrop
     from vtprune.strategies.psigmoid import PSigmoid
     from vtprune.strategies.pyramiddrop import PyramidDrop
+    from vtprune.strategies.quota import QuoTA
     from vtprune.strategies.random import Random
     from vtprune.strategies.resolution import Resolution
     from vtprune.strategies.sparsevlm import SparseVLM
@@ -79,6 +80,7 @@ _HOME = {
     "vtprune.strategies.mustdrop": ("MustDrop",),
     "vtprune.strategies.psigmoid": ("PSigmoid",),
     "vtprune.strategies.pyramiddrop": ("PyramidDrop",),
+    "vtprune.strategies.quota": ("QuoTA",),
     "vtprune.strategies.random": ("Random",),
     "vtprune.strategies.resolution": ("Resolution",),
     "vtprune.strategies.sparsevlm": ("SparseVLM",),
@@ -112,6 +114,7 @@ __all__ = [
     "PrefillView",
     "Pruner",
     "PyramidDrop",
+    "QuoTA",
     "Random",
     "Resolution",
     "SelectView",

@@ -26,6 +26,7 @@ SHIPPED = {
     "fastv": "vtprune.strategies.fastv:FastV",
     "pyramiddrop": "vtprune.strategies.pyramiddrop:PyramidDrop",
     "sparsevlm": "vtprune.strategies.sparsevlm:SparseVLM",
+    "quota": "vtprune.strategies.quota:QuoTA",
     "framedrop": "vtprune.strategies.framedrop:FrameDrop",
     "evs": "vtprune.strategies.evs:EVS",
     "dycoke": "vtprune.strategies.dycoke:DyCoke",
