@@ -248,7 +248,7 @@ def test_every_shipped_strategy_is_covered():
     """Here, or in a file of its own."""
     own = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
     # test_schedules.py, test_videos.py
-    elsewhere = {"gsearch", "psigmoid", "evs", "framedrop", "dycoke"}
+    elsewhere = {"gsearch", "psigmoid", "evs", "framedrop", "dycoke", "quota"}
     assert {name.split("-")[0] for name in CASES} | elsewhere | (own & set(SHIPPED)) == set(SHIPPED)
 
 
