@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -27,6 +27,7 @@ from vtprune.measure.clock import Clock
 from vtprune.measure.flops import layer_costs, linear_flops_per_token
 from vtprune.pruner import (
     DecodeView,
+    Frames,
     Inputs,
     Needs,
     PrefillView,
@@ -353,34 +354,57 @@ class Pass:
         row_of = {image: row for row, images in enumerate(self.images) for image in images}
         flat = embeds.reshape(-1, embeds.shape[-1])
         slots = where[:, 0] * embeds.shape[1] + where[:, 1]
-        shapes = [(record.layout.frames, self._grid(record)) for record in records]
-        for group in groups([(len(item.index), item.sizes, shape) for item, shape in zip(items, shapes, strict=True)]):
-            members = [items[i] for i in group]
+        units = self._units(strategy, records)
+        asked = [items[unit[0]] if len(unit) == 1 else self._join([items[i] for i in unit]) for unit in units]
+        shapes = [(len(unit), records[unit[0]].layout.frames, self._grid(records[unit[0]])) for unit in units]
+        for group in groups([(len(item.index), item.sizes, shape) for item, shape in zip(asked, shapes, strict=True)]):
+            members, images = [asked[u] for u in group], [units[u] for u in group]
+            heads = [unit[0] for unit in images]
             index = torch.stack([item.index for item in members])
-            begin = starts[torch.tensor(group)].to(index.device)
+            # images of a sample follow each other, so a joined item's numbers go on from its first image
+            begin = starts[torch.tensor(heads)].to(index.device)
             view = SelectView(
                 index=index,
                 sizes=members[0].sizes,
                 carry=stack_carry(members),
                 notes=self.notes,
                 features=flat[slots[index + begin[:, None]]],
-                grid=self._grid(records[group[0]]),
-                frames=records[group[0]].layout.frames,
-                ordinal=torch.tensor([first[i] for i in group]),
-                text=[text(row_of[i])[0] for i in group],
-                ids=[text(row_of[i])[1] for i in group],
-                videos=[records[i].frames for i in group if records[i].frames is not None],
+                grid=self._grid(records[heads[0]]),
+                frames=max(len(images[0]), records[heads[0]].layout.frames),
+                ordinal=torch.tensor([first[i] for i in heads]),
+                text=[text(row_of[i])[0] for i in heads],
+                ids=[text(row_of[i])[1] for i in heads],
+                videos=[video for video in map(lambda unit: _frames([records[i] for i in unit]), images) if video is not None],
             )
             with self.aside():
                 keep = strategy.select(view)
-            unstack_carry(members, view.carry)
+            if len(images[0]) == 1:
+                unstack_carry(members, view.carry)
             if keep is None:
                 continue
             choices = checked(keep, len(group), view.tokens, f"{strategy.name}.select")
-            for image, choice in zip(group, choices, strict=True):
-                items[image].cut(choice)
-                if choice.hidden is not None:
-                    self.selected[image] = choice.hidden
+            for unit, choice in zip(images, choices, strict=True):
+                for image, part in zip(unit, choice.split([len(items[i].index) for i in unit]), strict=True):
+                    items[image].cut(part)
+                    if part.hidden is not None:
+                        self.selected[image] = part.hidden
+
+    def _units(self, strategy: Pruner, records: list[ImageTokens]) -> list[list[int]]:
+        """Images that `select` is asked about together: each by itself, but for strategies that compare a video's frames,
+        which take several pictures of one size in a prompt as frames."""
+        units = [[image] for images in self.images for image in images]
+        if strategy.modality != "video":
+            return units
+        units = []
+        for images in self.images:
+            layouts = [records[i].layout for i in images]
+            alike = {
+                (layout.size, layout.tiles, layout.frames, self._grid(records[i]))
+                for i, layout in zip(images, layouts, strict=True)
+            }
+            together = len(images) > 1 and len(alike) == 1 and layouts[0].frames == layouts[0].tiles == 1
+            units += [list(images)] if together else [[image] for image in images]
+        return units
 
     # ------------------------------------------------------------------ between layers
 
@@ -691,3 +715,16 @@ class Pass:
         """Numbers of a sample's visual tokens that `layer` ran on, in the order in which it did."""
         counts, _, numbers = self.streams[layer].visual_slots()
         return numbers[row, : counts[row]]
+
+
+def _frames(records: list[ImageTokens]) -> Frames | None:
+    """A video before pooling, or pictures that stand for one; None where it is not known."""
+    found = [record.frames for record in records]
+    if any(frames is None for frames in found):
+        return None
+    if len(found) == 1:
+        return found[0]
+    pixels = None if any(frames.pixels is None for frames in found) else [frames.pixels for frames in found]
+    if pixels is not None:
+        pixels = torch.cat(pixels) if len({p.shape for p in pixels}) == 1 else None
+    return replace(found[0], features=torch.cat([frames.features for frames in found]), pixels=pixels)

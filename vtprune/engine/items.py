@@ -30,6 +30,46 @@ class Choice:
         """Whether it does anything to an item of so many tokens."""
         return len(self.kept) < tokens or self.hidden is not None or self.ordered
 
+    def split(self, counts: list[int]) -> list[Choice]:
+        """A choice among several images' tokens as one for each, of `counts` tokens.
+
+        Raises:
+            VtpruneError: if tokens were rearranged, which could put one image's among another's.
+        """
+        if len(counts) == 1:
+            return [self]
+        if self.ordered:
+            raise VtpruneError("a strategy rearranged the tokens of several images at once; it may do so within one only.")
+        parts, start = [], 0
+        for at, count in enumerate(counts):
+            mine = (self.kept >= start) & (self.kept < start + count)
+            into = None if self.into is None else self.into[start : start + count] - start
+            plan = None
+            if self.plan is not None:
+                scores, grids = self.plan.scores, self.plan.grids
+                plan = FramePlan(
+                    self.plan.tokens[at : at + 1],
+                    None if scores is None else scores[at : at + 1],
+                    None if grids is None else grids[at : at + 1],
+                )
+            parts.append(
+                Choice(
+                    self.kept[mine] - start,
+                    None if self.hidden is None else self.hidden[mine],
+                    # what lives on in another image's token is not said
+                    None if into is None else torch.where((into >= 0) & (into < count), into, -1),
+                    False,
+                    None if self.foreign is None else _within(self.foreign, start, count),
+                    plan,
+                )
+            )
+            start += count
+        return parts
+
+
+def _within(numbers: Tensor, start: int, count: int) -> Tensor:
+    return numbers[(numbers >= start) & (numbers < start + count)] - start
+
 
 @dataclass
 class Item:
