@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from vtprune.prompts import ROLES, words
 from vtprune.pruner import UnsupportedError
-
-# What chat templates add, which names nothing in a picture: "USER:" anywhere, a role alone on a line (ChatML), placeholders.
-ROLES = r"(?i)\b(?:system|user|assistant|human)\s*:|^\s*(?:system|user|assistant|model)\s*$|<image>"
 
 _TOWER = "text_tower"
 
@@ -113,8 +111,7 @@ class ClipRelevance(nn.Module):
 
     def words(self, ids: Tensor) -> str:
         """The text behind token ids, without special tokens and role words."""
-        text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-        return " ".join(self.strip.sub(" ", text).split())
+        return words(self.tokenizer, ids, self.strip)
 
     @torch.no_grad()
     def text(self, words: str) -> Tensor:

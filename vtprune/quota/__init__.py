@@ -6,8 +6,9 @@
     planner     from scores to token counts and grids
     reduce      from features to that many tokens
     pack        from tokens to the decoder's sequence
+    scorers     what looks at the frames: a vision-language model, CLIP or SigLIP, any callable
 
-Pure functions; nothing here loads a model or decodes a video.
+Pure functions but for `scorers`; nothing here decodes a video, and no model library is imported before a scorer is used.
 """
 
 from vtprune.quota.pack import Packed, pack_frames
@@ -16,12 +17,19 @@ from vtprune.quota.query import decouple_prompt, frame_question, parse, phrases
 from vtprune.quota.reduce import Reduced, reduce_frames, resize
 from vtprune.quota.sampling import Sampled, sample
 from vtprune.quota.score import by_slot, check_scores, last, relevance, yes_probability
+from vtprune.quota.scorers import Backend, ClipBackend, Decoupler, FrameScorer, ScoreNote, VlmBackend
 
 __all__ = [
+    "Backend",
+    "ClipBackend",
+    "Decoupler",
+    "FrameScorer",
     "Packed",
     "Plan",
     "Reduced",
     "Sampled",
+    "ScoreNote",
+    "VlmBackend",
     "by_slot",
     "check_scores",
     "decouple_prompt",
