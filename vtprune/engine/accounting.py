@@ -157,6 +157,8 @@ def _flops(run: Pass) -> tuple[int, int]:
     flops = stack_flops(decoder, per_layer)
     full = stack_flops(decoder, [[(n, past + n) for n in fed]] * len(decoder))
     for encoding in {id(r.encoding): r.encoding for r in run.records if r.encoding is not None}.values():
+        if not encoding.lengths:
+            continue  # the user's tower answered without running its blocks
         flops += stack_flops(encoder, [[(n, n) for n in lengths] for lengths in encoding.lengths])
         full += stack_flops(encoder, [[(encoding.sequence,) * 2] * max(1, len(encoding.items))] * len(encoder))
     unique = {id(r): r for r in run.records}.values()

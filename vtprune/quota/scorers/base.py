@@ -203,6 +203,12 @@ class FrameScorer:
             asked = self.backend.prepare(question, self._looked_for(question))
             return self._finish(asked, self._look(asked, frames, total))
 
+    def forget(self) -> None:
+        """Score again what was scored before."""
+        with self._lock:
+            self._scores.clear()
+            self._seen.clear()
+
     def _looked_for(self, question: str) -> list[str]:
         if self.objects or self.decoupler is None:
             return list(self.objects)
@@ -268,6 +274,9 @@ class _Recent:
         if key in self._kept:
             self._kept.move_to_end(key)
         return self._kept.get(key)
+
+    def clear(self) -> None:
+        self._kept.clear()
 
     def put(self, key: Hashable, value: Tensor) -> None:
         self._kept[key] = value
