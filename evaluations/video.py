@@ -242,9 +242,10 @@ def markdown(result: dict[str, Any]) -> str:
     setup = result["setup"]
     lines = [
         f"Made by `{setup['command']}` on {setup['date'][:10]}: {setup['device']}, {setup['threads']} threads, float32, "
-        f"{setup['minutes']:.0f} min. {setup['questions']} questions ({', '.join(NEEDLE_TYPES)}) about test clips of {FRAMES} frames "
-        f"at {FPS} a second; what is asked about is shown in one to eight of them. Gain: points over *{BASELINE}*, paired; p: one-sided, "
-        f"{RESAMPLES:,} bootstrap resamples of questions. Times: medians over {setup['timed']} questions, the scorer included.",
+        f"{setup['minutes']:.0f} min. {setup['questions']} questions ({', '.join(NEEDLE_TYPES)}) about test clips of {FRAMES} "
+        f"frames at {FPS} a second; what is asked about is shown in one to eight of them. Gain: points over *{BASELINE}*, "
+        f"paired; p: one-sided, {RESAMPLES:,} bootstrap resamples of questions. Times: medians over {setup['timed']} "
+        "questions, the scorer included.",
     ]
     for budget, rows in result["budgets"].items():
         lines += [

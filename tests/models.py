@@ -166,9 +166,27 @@ def tiny_other(family: str, attn: str = "sdpa", seed: int = 0):
     return model
 
 
+def tiny_video_llava(attn: str = "sdpa", seed: int = 0):
+    """A tiny Video-LLaVA: 36 tokens a picture, 37 a frame (its class token comes along)."""
+    import transformers
+
+    plain = tiny_llava(attn, seed=seed).config
+    config = transformers.VideoLlavaConfig(
+        vision_config=plain.vision_config, text_config=plain.text_config, image_token_index=IMAGE, video_token_index=VIDEO
+    )
+    model = transformers.VideoLlavaForConditionalGeneration._from_config(config, attn_implementation=attn).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or "class_embedding" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.generation_config.suppress_tokens = [IMAGE, VIDEO]
+    return model
+
+
 def vision_blocks(model):
-    """The vision encoder's blocks; older transformers put one more module in between."""
-    tower = model.model.vision_tower
+    """The blocks of the encoder that sees pictures; older transformers put one more module in between."""
+    tower = getattr(model.model, "vision_tower", None) or model.model.image_tower
     return getattr(tower, "vision_model", tower).encoder.layers
 
 

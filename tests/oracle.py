@@ -209,7 +209,12 @@ class Watch:
         self.targets: dict[int, set[int]] = {}
         self._model, self._undo = model, []
         base = model.model
-        self.sealed = type(base).__name__ not in ("LlavaModel", "LlavaNextModel", "LlavaOnevisionModel")
+        self.sealed = type(base).__name__ not in (
+            "LlavaModel",
+            "LlavaNextModel",
+            "LlavaOnevisionModel",
+            "VideoLlavaModel",
+        )
         self._wrapped = base.get_image_features
 
         @functools.wraps(self._wrapped)  # generate() reads its signature

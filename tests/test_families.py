@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from models import GRID, IMAGE, batch, images, preencoding, prompt, tiny_other, tiny_qwen, tiny_tiled
+from models import GRID, IMAGE, batch, images, preencoding, prompt, tiny_other, tiny_qwen, tiny_tiled, tiny_video_llava
 from oracle import Watch, oracle_logits
 from transformers import DynamicCache
 
@@ -32,7 +32,9 @@ STRATEGIES = {
 }
 CLS = {"flowcut", "visionzip", "mustdrop"}
 TILED = ["next", "onevision"]
-every_family = pytest.mark.parametrize("family", [*TILED, "qwen2", "qwen2.5", "internvl", "mistral3", "vipllava"])
+every_family = pytest.mark.parametrize(
+    "family", [*TILED, "qwen2", "qwen2.5", "internvl", "mistral3", "vipllava", "video-llava"]
+)
 every_tiled = pytest.mark.parametrize("family", TILED)
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 every_kernel = pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -42,6 +44,8 @@ every_kernel = pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def model_of(family: str, attn: str):
     if family.startswith("qwen"):
         return tiny_qwen(attn, version=family[4:])
+    if family == "video-llava":
+        return tiny_video_llava(attn)
     return tiny_tiled(family, attn) if family in TILED else tiny_other(family, attn)
 
 
@@ -59,6 +63,8 @@ def picture(family: str, which: int) -> tuple[dict[str, torch.Tensor], int]:
         return {"pixel_values": big}, len(big) * TILE
     if family == "vipllava":
         return {"pixel_values": images(1, seed=which)}, TILE
+    if family == "video-llava":
+        return {"pixel_values_images": images(1, seed=which)}, TILE
     if family == "mistral3":
         height, width = ((96, 128), (128, 112))[which]
         pixels = torch.zeros(1, 3, 128, 128)
@@ -139,7 +145,7 @@ PROMPTS = [[2, "A", 5], [3, "B", 2, "A", 4], [1, "B", 7]]
 
 def applies(family: str, strategy: str) -> None:
     """Skip what refuses an encoder without a class token; test_errors.py holds the refusal."""
-    if family != "next" and strategy in CLS:
+    if family not in ("next", "video-llava") and strategy in CLS:
         with pytest.raises(vtprune.UnsupportedError, match=r"cls|does not allow"):
             vtprune.wrap(model_of(family, "sdpa"), STRATEGIES[strategy]())
         pytest.skip("needs a class token")
@@ -171,7 +177,7 @@ def test_masking_equals_removing(family, strategy, attn):
         tokens, logits, report, watch = run(model, ids, given, STRATEGIES[strategy](), positions)
         first = 0
         for row, one in enumerate(given):
-            turn = watch.turn(ids[row], tokens[row].tolist(), report.samples[row], one["pixel_values"], row, first)
+            turn = watch.turn(ids[row], tokens[row].tolist(), report.samples[row], one.get("pixel_values"), row, first)
             turn.extra = besides(one)
             first += len(report.samples[row].images)
             expected = oracle_logits(model, [turn], positions == "compact")[len(ids[row]) - 1 : -1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -265,6 +267,41 @@ def test_nothing_is_lost_silently_under_composition():
 class _Lazy(vtprune.QuoTA):
     def select(self, view: SelectView):
         assert view.videos and isinstance(view.videos[0], Frames)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5"])
+def test_several_pictures_are_frames(family):
+    """One budget for all of a sample's pictures; each in its own placeholders; a batch is its samples one at a time."""
+    seen = []
+
+    def scorer(pixels, ids):
+        seen.append(pixels)
+        return torch.arange(1, len(pixels) + 1).double()
+
+    if family == "llava":
+        model, pixels = tiny_llava(), images(5)
+        rows = [prompt(2, "I", 1, "I", 1, "I", 3), prompt(1, "I", 3, "I", 2)]
+        given, size = [{"pixel_values": pixels[:3]}, {"pixel_values": pixels[3:]}], 36
+    else:
+        model = model_of(family)
+        rows, given = inputs_of(family, [[2, "A", 1, "A", 3], [1, "A", 3, "A", 2]])
+        for one in given:
+            one["pixel_values"][len(one["pixel_values"]) // 2 :] += 0.3  # or it would be the same picture twice
+        size = None
+    pruner = vtprune.QuoTA(keep=0.25, scorer=scorer)
+    together, _, report, _ = run(model, family, rows, given, pruner)
+    count = len(report.samples)
+    for row, sample in enumerate(report.samples):
+        alone, _, one, _ = run(model, family, rows[row : row + 1], given[row : row + 1], pruner)
+        assert torch.equal(together[row], alone[0])
+        assert torch.equal(one.samples[0].kept, sample.kept)
+        got = [plan.tokens[0] for plan in sample.plans]
+        assert got == sorted(got) and sum(got) == len(sample.kept) == sum(round(0.25 * n) for n in sample.images)
+        starts = torch.tensor([0, *sample.images]).cumsum(0)
+        within = [int(((sample.kept >= a) & (sample.kept < b)).sum()) for a, b in itertools.pairwise(starts.tolist())]
+        assert within == got
+    if size:
+        assert count == 2 and torch.equal(seen[0], pixels[:3])
 
 
 @settings(deadline=None, max_examples=150)

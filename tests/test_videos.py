@@ -6,7 +6,19 @@ from functools import lru_cache
 
 import pytest
 import torch
-from models import GRID, IMAGE, VIDEO, batch, images, preencoding, prompt, tiny_qwen, tiny_tiled
+from models import (
+    GRID,
+    IMAGE,
+    VIDEO,
+    batch,
+    images,
+    preencoding,
+    prompt,
+    tiny_qwen,
+    tiny_tiled,
+    tiny_video_llava,
+    vision_blocks,
+)
 from oracle import Watch, oracle_logits, token_types
 from test_families import picture
 
@@ -38,13 +50,24 @@ STRATEGIES = {
     "quota+fastv": lambda: vtprune.QuoTA(keep=20, scorer=brightness) + vtprune.FastV(keep=12, layer=1),
     "divprune+fastv+evict": lambda: vtprune.create("divprune+fastv+evict", keep=10, layer=1),
 }
-every_family = pytest.mark.parametrize("family", ["onevision", "next-video", "qwen2", "qwen2.5"])
+every_family = pytest.mark.parametrize("family", ["onevision", "next-video", "video-llava", "qwen2", "qwen2.5"])
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 every_kernel = pytest.mark.parametrize("attn", ["sdpa", "eager"])
 
 
+def build(family: str, strategy: str) -> vtprune.Pruner:
+    """The strategy, with four times the tokens where a frame has 36 instead of at most nine."""
+    pruner = STRATEGIES[strategy]()
+    for part in getattr(pruner, "parts", [pruner]):
+        if family == "video-llava" and isinstance(part.keep, int):
+            part.keep *= 4
+    return pruner
+
+
 @lru_cache
 def model_of(family: str, attn: str = "sdpa"):
+    if family == "video-llava":
+        return tiny_video_llava(attn)
     return tiny_qwen(attn, version=family[4:]) if family.startswith("qwen") else tiny_tiled(family, attn)
 
 
@@ -58,6 +81,8 @@ def clip(family: str, seed: int) -> tuple[dict[str, torch.Tensor], int]:
         if family == "qwen2.5":
             grid["second_per_grid_ts"] = torch.tensor([1.0])
         return {"pixel_values_videos": pixels, **grid}, FRAMES * 6
+    if family == "video-llava":
+        return {"pixel_values_videos": images(FRAMES, seed)[None]}, FRAMES * (GRID**2 + 1)
     newline = 1 if family == "onevision" else 0
     return {"pixel_values_videos": images(FRAMES, seed)[None]}, FRAMES * (GRID // 2) ** 2 + newline
 
@@ -122,7 +147,7 @@ PROMPTS = [[2, "V", 5], [3, "W", 4], [1, "V", 7]]
 def test_keep_all_is_bit_identical(family, strategy):
     model = model_of(family)
     ids, given = inputs_of(family, PROMPTS)
-    everything = STRATEGIES[strategy]()
+    everything = build(family, strategy)
     for part in getattr(everything, "parts", [everything]):
         part.keep = 1.0
     tokens, logits, _, _ = run(model, family, ids, given)
@@ -137,7 +162,7 @@ def test_keep_all_is_bit_identical(family, strategy):
 def test_masking_equals_removing(family, strategy, attn):
     model = model_of(family, attn)
     ids, given = inputs_of(family, PROMPTS)
-    tokens, logits, report, watch = run(model, family, ids, given, STRATEGIES[strategy]())
+    tokens, logits, report, watch = run(model, family, ids, given, build(family, strategy))
     for row, one in enumerate(given):
         turn = watch.turn(ids[row], tokens[row].tolist(), report.samples[row], None, row, 0)
         turn.extra, turn.visual = one, (IMAGE, VIDEO)
@@ -150,9 +175,9 @@ def test_masking_equals_removing(family, strategy, attn):
 def test_batch_equals_single(family, strategy):
     model = model_of(family)
     ids, given = inputs_of(family, PROMPTS)
-    tokens, logits, report, _ = run(model, family, ids, given, STRATEGIES[strategy]())
+    tokens, logits, report, _ = run(model, family, ids, given, build(family, strategy))
     for row, one in enumerate(given):
-        alone, by_itself, single, _ = run(model, family, [ids[row]], [one], STRATEGIES[strategy]())
+        alone, by_itself, single, _ = run(model, family, [ids[row]], [one], build(family, strategy))
         assert torch.equal(tokens[row], alone[0])
         torch.testing.assert_close(logits[row], by_itself[0], atol=1e-4, rtol=1e-4)
         for a, b in zip(report.samples[row].layers, single.samples[0].layers, strict=True):
@@ -164,21 +189,21 @@ def test_batch_equals_single(family, strategy):
 def test_cached_equals_uncached(family, strategy):
     model = model_of(family)
     ids, given = inputs_of(family, PROMPTS)
-    cached = run(model, family, ids, given, STRATEGIES[strategy]())
-    uncached = run(model, family, ids, given, STRATEGIES[strategy](), use_cache=False)
+    cached = run(model, family, ids, given, build(family, strategy))
+    uncached = run(model, family, ids, given, build(family, strategy), use_cache=False)
     assert torch.equal(cached[0], uncached[0])
     torch.testing.assert_close(cached[1], uncached[1], atol=1e-4, rtol=1e-4)
 
 
 @preencoding  # before, Qwen2.5-VL takes a video's time step for every picture as well
-@pytest.mark.parametrize("family", ["onevision", "qwen2.5"])
+@pytest.mark.parametrize("family", ["onevision", "video-llava", "qwen2.5"])
 def test_pictures_and_videos_in_one_prompt(family):
     """Items stand in the order of the prompt, whichever modality was encoded first."""
     model = model_of(family)
     ids, given = inputs_of(family, [[2, "V", 3, "A", 4], [1, "A", 2, "V", 6]])
     tokens, logits, report, watch = run(model, family, ids, given, vtprune.create("divprune+fastv", keep=10, layer=1))
     assert [s.frames for s in report.samples] == [[FRAMES, 1], [1, FRAMES]]
-    assert all(s.images[s.frames.index(FRAMES)] in (24, 36) for s in report.samples)
+    assert all(s.images[s.frames.index(FRAMES)] in (24, 36, 144) for s in report.samples)
     for row, one in enumerate(given):
         turn = watch.turn(ids[row], tokens[row].tolist(), report.samples[row], None, row, row)
         turn.extra, turn.visual = one, (IMAGE, VIDEO)
@@ -200,11 +225,56 @@ def test_what_a_strategy_sees_of_a_video(family):
     with torch.no_grad(), vtprune.pruning(model, Look(keep=3)) as session:
         model(**fed(family, ids, given))
     (view,) = seen
-    tokens = 24 if family.startswith("qwen") else FRAMES * 9
+    grid = (3, 2) if family.startswith("qwen") else (GRID, GRID) if family == "video-llava" else (3, 3)
+    tokens = FRAMES * grid[0] * grid[1]
     assert view.frames == FRAMES and view.tokens == tokens and len(view.index) == 2
-    assert view.grid == ((3, 2) if family.startswith("qwen") else (3, 3))
+    assert view.grid == grid
     assert [len(s.kept) for s in session.report.samples] == [3, 3]
     assert session.report.samples[0].grids == [None]
+
+
+def test_class_tokens_of_frames_stay_and_are_not_offered():
+    """Video-LLaVA's frames take their class token along to the decoder: it separates frames, as newlines separate rows."""
+    model = model_of("video-llava")
+    ids, given = inputs_of("video-llava", PROMPTS[:1])
+    inputs = fed("video-llava", ids, given)
+    entered = []
+    handle = model.model.language_model.layers[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    try:
+        with torch.no_grad():
+            model(**inputs)
+            with vtprune.pruning(model, "divprune", keep=11) as session:
+                model(**inputs)
+    finally:
+        handle.remove()
+    full, pruned = (hidden[0] for hidden in entered)
+    sample = session.report.samples[0]
+    assert sample.visual_tokens == FRAMES * GRID**2 and len(sample.kept) == 11
+    assert len(pruned) == len(ids[0]) - FRAMES * GRID**2 + 11
+    class_tokens = [frame * (GRID**2 + 1) for frame in range(FRAMES)]
+    assert not set(class_tokens) & set(sample.slots.tolist())
+    for slot in class_tokens:
+        assert bool((pruned == full[ids[0].index(VIDEO) + slot]).all(-1).any()), slot
+
+
+def test_both_encoders_of_video_llava_are_watched_and_restored():
+    model = model_of("video-llava")
+    towers = [vision_blocks(model), getattr(model.model.video_tower, "vision_model", model.model.video_tower).encoder.layers]
+    ids, given = inputs_of("video-llava", [[2, "V", 5]])
+    alone = fed("video-llava", ids, given)
+    ids, given = inputs_of("video-llava", [[2, "V", 3, "A", 4]])
+    both = fed("video-llava", ids, given)
+    with torch.no_grad():
+        logits = model(**both).logits
+        with vtprune.pruning(model, "divprune", keep=11) as session:
+            assert all(block._forward_pre_hooks for tower in towers for block in tower)
+            model(**alone)
+            one = session.report
+            model(**both)
+        assert not any(block._forward_pre_hooks for tower in towers for block in tower)
+        assert not {"get_image_features", "get_video_features"} & set(vars(model.model))
+        assert torch.equal(model(**both).logits, logits)
+    assert 0 < one.flops < one.flops_full < session.report.flops_full
 
 
 @pytest.mark.parametrize("strategy", ["framedrop", "evs", "dycoke"])

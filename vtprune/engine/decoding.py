@@ -718,13 +718,12 @@ class Pass:
 
 
 def _frames(records: list[ImageTokens]) -> Frames | None:
-    """A video before pooling, or pictures that stand for one; None where it is not known."""
-    found = [record.frames for record in records]
-    if any(frames is None for frames in found):
+    """A video before pooling, or several pictures that stand for one; None where it is not known."""
+    if len(records) == 1:
+        return records[0].frames
+    found = [record.picture for record in records]
+    if any(picture is None for picture in found):
         return None
-    if len(found) == 1:
-        return found[0]
-    pixels = None if any(frames.pixels is None for frames in found) else [frames.pixels for frames in found]
-    if pixels is not None:
-        pixels = torch.cat(pixels) if len({p.shape for p in pixels}) == 1 else None
-    return replace(found[0], features=torch.cat([frames.features for frames in found]), pixels=pixels)
+    known = len({None if picture.pixels is None else picture.pixels.shape for picture in found}) == 1
+    pixels = torch.cat([picture.pixels for picture in found]) if known and found[0].pixels is not None else None
+    return replace(found[0], features=torch.cat([picture.features for picture in found]), pixels=pixels)

@@ -247,13 +247,14 @@ class ImageTokens:
         layout: how the image's placeholders stand for patches.
         encoding: the run it came from, or None for features that a user computed elsewhere.
         owner: the session that ran it.
-        frames: of a video, what it was before the model pooled it, where a strategy reads that.
+        frames: of a video, what it was before the model pooled it, where a strategy reads that; picture: the same of a
+            picture, for prompts in which several stand for a video.
     """
 
-    def __init__(
-        self, item: Item, layout: Layout, encoding: Encoding | None, owner: object = None, frames: Frames | None = None
-    ):
-        self.item, self.layout, self.encoding, self.owner, self.frames = item, layout, encoding, owner, frames
+    def __init__(self, item: Item, layout: Layout, encoding: Encoding | None, owner: object = None):
+        self.item, self.layout, self.encoding, self.owner = item, layout, encoding, owner
+        self.frames: Frames | None = None
+        self.picture: Frames | None = None
         self.replays: list[tuple[Tensor, object]] = []
 
     @property

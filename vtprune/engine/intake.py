@@ -13,8 +13,13 @@ from vtprune.engine.items import Item
 from vtprune.families.base import Layout, Site
 from vtprune.pruner import UnsupportedError
 
-# modality -> the argument that holds its pixels
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+# modality -> the arguments that may hold its pixels; Video-LLaVA has a name of its own for pictures
+PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+
+
+def pixels_of(modality: str, given: dict[str, Any]) -> Tensor | None:
+    """The pixels of a modality among the arguments of a forward call, or None."""
+    return next((given[name] for name in PIXELS[modality] if given.get(name) is not None), None)
 
 
 @dataclass
@@ -47,9 +52,9 @@ class Call:
         encoded = given.get("mm_encoder_outputs") or {}
         call = cls(ids, runs=site.family.runs)
         length = (ids if ids is not None else embeds).shape[1]
-        for modality, pixels in PIXELS.items():
+        for modality, names in PIXELS.items():
             token = site.placeholder(modality)
-            came = encoded.get(modality) is not None or given.get(pixels) is not None
+            came = encoded.get(modality) is not None or pixels_of(modality, given) is not None
             if token is None or not (came or length > 1):  # a decode step has no prompt to look at
                 continue
             if ids is not None:
@@ -61,7 +66,7 @@ class Call:
                 if bool(mask.any()):
                     raise UnsupportedError(
                         f"the prompt has {int(mask.sum())} {modality} placeholder tokens but no {modality} was given. Pass "
-                        f"{pixels} from the processor, or take the placeholder out of the prompt."
+                        f"{' or '.join(names)} from the processor, or take the placeholder out of the prompt."
                     )
                 continue
             call.masks[modality] = mask

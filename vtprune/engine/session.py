@@ -24,7 +24,7 @@ from vtprune.engine.attention import attach_tap
 from vtprune.engine.decoding import Pass, Plan
 from vtprune.engine.encoding import Encoding, Start, attach_records, new_clock
 from vtprune.engine.identity import identify
-from vtprune.engine.intake import PIXELS, Call
+from vtprune.engine.intake import PIXELS, Call, pixels_of
 from vtprune.families import locate
 from vtprune.measure.clock import NoClock
 from vtprune.pruner import BudgetError, Encoder, Pipeline, Pruner, ShrinkView, UnsupportedError, VtpruneError
@@ -159,6 +159,8 @@ class Session:
             self._hook(layer.register_forward_pre_hook, functools.partial(self._before_layer, at), with_kwargs=True)
             if at in tapped:
                 self._undo.append(attach_tap(layer.self_attn, functools.partial(self._decoder_requests, at)))
+        for at, block in enumerate(self.site.video_layers):
+            self._hook(block.register_forward_pre_hook, functools.partial(self._before_block, at), with_kwargs=True)
         for at, block in enumerate(self.site.encoder_layers):
             if self.site.family.sealed:
                 self._hook(block.register_forward_pre_hook, self._count_block, with_kwargs=True)
@@ -279,8 +281,9 @@ class Session:
         if within is not None:
             if not set(within.stages()) & {"select", "prefill", "decode"}:
                 raise UnsupportedError(
-                    f"{within.name} works inside the vision encoder, but a video's frames are pooled or merged after it, so "
-                    f"its patches are not what the decoder sees. Use a strategy of another stage for videos."
+                    f"{within.name} works inside the vision encoder, but a video's frames are pooled or merged after it, or go "
+                    f"through another one, so its patches are not what the decoder sees. Use a strategy of another stage for "
+                    f"videos."
                 )
             notes.append(f"{within.name}: its part inside the vision encoder sees pictures only, no videos.")
         call = getattr(self._local, "call", None)
@@ -293,7 +296,7 @@ class Session:
         self, modality: str, encoding: Encoding, call: Call | None, original: Callable, args: tuple, kwargs: dict, given: dict
     ):
         """Run the encoder under the eyes of `encoding`, and put a record on the features of each picture or video."""
-        family, clock, pixels = self.site.family, encoding.clock, given.get(PIXELS[modality])
+        family, clock, pixels = self.site.family, encoding.clock, pixels_of(modality, given)
         as_tuple = kwargs.pop("return_dict", True) is False
         self._local.encoding = encoding
         try:
@@ -309,6 +312,9 @@ class Session:
             elif family.layouts is not None:
                 encoding.layouts = family.layouts(self.site.base, given)
             features = list(pooled)
+            if modality == "video" and len(features) != len(encoding.layouts):
+                # each frame came as a row of its own
+                features = list(pooled.reshape(len(encoding.layouts), -1, pooled.shape[-1]))
             rows = attach_records(features, encoding, self)
             if not isinstance(pooled, torch.Tensor):
                 output.pooler_output = rows
@@ -316,10 +322,14 @@ class Session:
                 if any(row is not feature for row, feature in zip(rows, features, strict=True)):
                     output.pooler_output = pooled = torch.stack(rows)  # one tensor for all has to stay one
                 pooled._vtprune_rows = rows
-            if modality == "video" and self.reads_frames:
-                before = self.site.frames(given, encoding.unpooled, features, encoding.layouts)
-                for row, frames in zip(rows, before, strict=True):
-                    row._vtprune.frames = frames
+            if self.reads_frames:
+                layouts = [row._vtprune.layout for row in rows]
+                if modality == "video":
+                    for row, frames in zip(rows, self.site.frames(given, encoding.unpooled, features, layouts), strict=True):
+                        row._vtprune.frames = frames
+                else:
+                    for row, picture in zip(rows, self.site.pictures(given, rows, layouts), strict=True):
+                        row._vtprune.picture = picture
         self._hand_on(modality, call, pixels, rows)
         return output.to_tuple() if as_tuple else output
 
@@ -334,7 +344,7 @@ class Session:
 
     def _shrink(self, given: dict) -> tuple[dict, Start | None, list[str]]:
         """The arguments of `get_image_features` with the pictures scaled down as the strategy says."""
-        pixels, strategy = given["pixel_values"], self.pruner.part("shrink")
+        pixels, strategy = pixels_of("image", given), self.pruner.part("shrink")
         patch = self.site.patch
         full = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
         count = full[0] * full[1]
@@ -348,7 +358,8 @@ class Session:
         small = torch.nn.functional.interpolate(
             pixels.float(), size=(grid[0] * patch, grid[1] * patch), mode="bicubic", antialias=True, align_corners=False
         )
-        given = {**given, "pixel_values": small.to(pixels.dtype), "interpolate_pos_encoding": True}
+        name = next(name for name in PIXELS["image"] if given.get(name) is pixels)
+        given = {**given, name: small.to(pixels.dtype), "interpolate_pos_encoding": True}
         return given, Start.of(full, grid, pixels.device), view.notes
 
     def _hand_on_decisions(self, modality: str, pixels: torch.Tensor | None, features: list[torch.Tensor]) -> None:
@@ -388,7 +399,7 @@ class Session:
 
     def _refuse_labels(self, module, args, kwargs) -> None:
         if kwargs.get("labels") is not None and any(
-            kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+            kwargs.get(name) is not None for name in (*PIXELS["image"], *PIXELS["video"], "mm_encoder_outputs")
         ):
             raise UnsupportedError(
                 "labels= together with images on a pruned model: a loss over dropped tokens is not defined. Compute the loss "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vtprune.families.base import Family, Site
-from vtprune.families.llava import LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION
+from vtprune.families.llava import LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, VIDEO_LLAVA
 from vtprune.families.others import INTERNVL, MISTRAL3, VIP_LLAVA
 from vtprune.families.qwen import QWEN_VL
 from vtprune.pruner import UnsupportedError
@@ -15,6 +15,7 @@ FAMILIES: tuple[Family, ...] = (
     LLAVA_NEXT,
     LLAVA_NEXT_VIDEO,
     LLAVA_ONEVISION,
+    VIDEO_LLAVA,
     VIP_LLAVA,
     QWEN_VL,
     INTERNVL,

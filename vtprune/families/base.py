@@ -84,9 +84,13 @@ def layouts_by_packing(pack: Callable[..., Any], arguments: dict[str, Any]) -> l
     return found
 
 
-def video_pixels(base: nn.Module, given: dict[str, Any]) -> list[Tensor]:
-    """Frames per video where they are fed as [videos, frames, 3, H, W]."""
-    return list(given.get("pixel_values_videos", given.get("pixel_values")))  # its name before transformers 5.18
+def plain_pixels(base: nn.Module, given: dict[str, Any], modality: str) -> list[Tensor]:
+    """[F, 3, H, W] per video fed as [videos, frames, 3, H, W], or per picture as [pictures, (tiles,) 3, H, W]; of tiles the
+    first, which is the whole picture."""
+    if modality == "video":
+        return list(given.get("pixel_values_videos", given.get("pixel_values")))  # its name before transformers 5.18
+    pixels = next(given[name] for name in ("pixel_values", "pixel_values_images") if given.get(name) is not None)
+    return [one[:1] if one.ndim == 4 else one[None] for one in pixels]
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Family:
         name: for messages and tables.
         base_classes: names of the base model classes (the ones with `get_image_features`, without LM head).
         encoder_layers: dotted paths below the base model, first match wins.
+        video_layers: the same for videos, where they go through an encoder of their own.
         projector: dotted paths of the projector.
         decoder: dotted paths of the language model; its blocks are `decoder_layers` below it.
         rotary: name of the decoder's rotary embedding module.
@@ -111,7 +116,8 @@ class Family:
         pooling: name of the base model's method or module that pools a video's frames, fed [frames, patches, C]; "" where a
             video's features are not pooled after the vision tower.
         projects_pooled: whether the projector comes after that pooling.
-        pixels: arguments of `get_video_features` -> the frames of each video [F, 3, H, W].
+        pixels: (base model, arguments of `get_video_features` or `get_image_features`, "video" or "image") -> the frames of
+            each video [F, 3, H, W], or each picture as one frame.
         newline: name of the base model's separator of rows, or "".
         runs: tiles come as pictures of their own and those that follow each other in the prompt without a token between
             them are one image.
@@ -123,6 +129,7 @@ class Family:
     name: str
     base_classes: tuple[str, ...]
     encoder_layers: tuple[str, ...] = ("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers")
+    video_layers: tuple[str, ...] = ()
     projector: tuple[str, ...] = ("multi_modal_projector",)
     decoder: tuple[str, ...] = ("language_model",)
     decoder_layers: str = "layers"
@@ -134,7 +141,7 @@ class Family:
     videos: Callable[[nn.Module, dict[str, Any], Any], list[Layout]] | None = None
     pooling: str = ""
     projects_pooled: bool = False
-    pixels: Callable[[nn.Module, dict[str, Any]], list[Tensor]] = video_pixels
+    pixels: Callable[[nn.Module, dict[str, Any], str], list[Tensor]] = plain_pixels
     newline: str = ""
     runs: bool = False
     sealed: str = ""
@@ -163,6 +170,12 @@ class Site:
     @cached_property
     def encoder_layers(self) -> list[nn.Module]:
         return list(self._must(self.family.encoder_layers, "vision encoder blocks"))
+
+    @cached_property
+    def video_layers(self) -> list[nn.Module]:
+        """The blocks that only videos go through; none where they share the pictures' encoder."""
+        paths = self.family.video_layers
+        return list(self._must(paths, "video encoder blocks")) if paths else []
 
     @cached_property
     def projector(self) -> nn.Module:
@@ -266,7 +279,7 @@ class Site:
         project = self.projector if family.projects_pooled else None
         newline = getattr(base, family.newline) if family.newline else None
         found, start = [], 0
-        for feature, layout, pixels in zip(features, layouts, family.pixels(base, given), strict=True):
+        for feature, layout, pixels in zip(features, layouts, family.pixels(base, given, "video"), strict=True):
             if pooled is None:
                 whole, grid = feature[layout.slots(feature.device)].unflatten(0, (layout.frames, -1)), layout.grid
             else:
@@ -274,6 +287,15 @@ class Site:
                 side = math.isqrt(whole.shape[1])
                 grid = (side, side)
             found.append(Frames(whole, grid, project, pixels, newline))
+        return found
+
+    def pictures(self, given: dict[str, Any], features: list[Tensor], layouts: list[Layout]) -> list[Frames | None]:
+        """Pictures as videos of one frame, for prompts with several; None for those whose tokens form no one grid."""
+        found: list[Frames | None] = []
+        pixels = self.family.pixels(self.base, given, "image") if not self.family.runs else [None] * len(features)
+        for feature, layout, shown in zip(features, layouts, pixels, strict=True):
+            grid = self.grid(layout) if layout.tiles == 1 and layout.visual is None else None
+            found.append(None if grid is None else Frames(feature[None], grid, None, shown))
         return found
 
     def layouts(self, image_sizes: Tensor) -> list[Layout]:

@@ -1,7 +1,7 @@
 """LLaVA and its successors: CLIP or SigLIP patches in raster order, MLP projector, Llama-like decoder.
 
 LLaVA-NeXT and LLaVA-OneVision cut a picture into tiles and add newline embeddings; where each patch ends up is read off
-their own packing.
+their own packing. Video-LLaVA has an encoder for pictures and another for videos.
 """
 
 from __future__ import annotations
@@ -57,6 +57,18 @@ def _onevision_videos(base: nn.Module, given: dict[str, Any], features: Tensor) 
     return [Layout(tokens + 1, visual, grid=(side, side), frames=frames) for _ in features]
 
 
+def _video_llava_videos(base: nn.Module, given: dict[str, Any], features: Tensor) -> list[Layout]:
+    """Frame by frame, the class token first, which pictures leave behind but frames take along to the decoder."""
+    pixels, patch = given["pixel_values_videos"], base.config.vision_config.patch_size
+    videos, frames, _, height, width = pixels.shape
+    grid = (height // patch, width // patch)
+    tokens, patches = features.shape[1], grid[0] * grid[1]
+    # a class token stands for no place in its frame: offered among the visual tokens it would shift every patch of the grid
+    # and be ranked, merged and dropped as one. As a separator it always stays and counts nowhere, like a newline.
+    visual = torch.arange(frames * tokens, device=features.device).view(frames, tokens)[:, tokens - patches :].flatten()
+    return [Layout(frames * tokens, visual, grid=grid, frames=frames) for _ in range(videos)]
+
+
 LLAVA = Family(name="LLaVA", base_classes=("LlavaModel",))
 LLAVA_NEXT = Family(name="LLaVA-NeXT", base_classes=("LlavaNextModel",), tiles=_next_tiles)
 LLAVA_NEXT_VIDEO = Family(
@@ -74,4 +86,11 @@ LLAVA_ONEVISION = Family(
     videos=_onevision_videos,
     pooling="apply_pooling",
     newline="image_newline",
+)
+VIDEO_LLAVA = Family(
+    name="Video-LLaVA",
+    base_classes=("VideoLlavaModel",),
+    encoder_layers=("image_tower.encoder.layers", "image_tower.vision_model.encoder.layers"),
+    video_layers=("video_tower.encoder.layers", "video_tower.vision_model.encoder.layers"),
+    videos=_video_llava_videos,
 )

@@ -22,18 +22,20 @@ def _video_layouts(base: nn.Module, given: dict[str, Any], features: Any) -> lis
     return _merged_layouts(base, given, "video_grid_thw")
 
 
-def _frame_pixels(base: nn.Module, given: dict[str, Any]) -> list[Tensor]:
+def _frame_pixels(base: nn.Module, given: dict[str, Any], modality: str) -> list[Tensor]:
     """Frames put together again from the patches that they are fed as."""
     vision, merge = base.visual.config, base.visual.spatial_merge_size
     patch, times = vision.patch_size, vision.temporal_patch_size
-    grids = given["video_grid_thw"].tolist()
-    pixels = given.get("pixel_values_videos", given.get("pixel_values"))  # its name before transformers 5.18
+    grids = given[f"{modality}_grid_thw"].tolist()
+    pixels = given.get("pixel_values_videos") if modality == "video" else None
+    pixels = given["pixel_values"] if pixels is None else pixels  # videos' name, too, before transformers 5.18
     found = []
     for video, (slots, rows, columns) in zip(pixels.split([t * h * w for t, h, w in grids]), grids, strict=True):
         # patches come block by block of those that will be merged: slot, block row, block column, row, column
         blocks = video.view(slots, rows // merge, columns // merge, merge, merge, -1, times, patch, patch)
         frames = blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
-        found.append(frames.reshape(slots * times, -1, rows * patch, columns * patch))
+        frames = frames.reshape(slots * times, -1, rows * patch, columns * patch)
+        found.append(frames if modality == "video" else frames[:1])  # a picture goes in twice
     return found
 
 

@@ -29,7 +29,7 @@ class QuoTA(Pruner):
     out. By default (ours) the whole budget is spent: no frame gets more than it has, repeated frames get nothing, all
     scores zero means all frames alike; `parity` is the published arithmetic. A token goes into the placeholder of its frame
     that lies nearest to what it shows; where a frame gets more than the model's own pooling leaves it, the next free one.
-    Videos only.
+    Videos, and prompts of several pictures of one size, which then are the frames.
 
     Parameters:
         keep: visual tokens per video (int) or share of those that the model's own pooling makes (float); separators are not
@@ -104,7 +104,10 @@ class QuoTA(Pruner):
 
     def select(self, view: SelectView) -> Keep | None:
         if not view.videos:
-            raise UnsupportedError("quota divides a budget over the frames of a video, and a picture was given.")
+            raise UnsupportedError(
+                "quota divides a budget over the frames of a video, or over several pictures of one size; a picture by itself "
+                "(or one cut into tiles) was given."
+            )
         if self.scores is not None and (len(view.videos) > 1 or int(view.ordinal[0])):
             raise UnsupportedError("scores= are of one video, and several were given: give a scorer, or one video at a time.")
         if view.target(self.keep) >= view.tokens:
