@@ -1,4 +1,4 @@
-"""What travels with the package: the tiny model, a few pictures, model configurations for weight-free benchmarks."""
+"""What travels with the package: tiny models, a few pictures and a clip, model configurations for weight-free benchmarks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from vtprune.pruner import VtpruneError
 
 TINY = "tiny-llava"
+TINY_VIDEO = "tiny-video"
 
 
 class EmbeddedError(VtpruneError, LookupError):
@@ -32,9 +33,19 @@ def tiny_model() -> Path:
     return assets() / TINY
 
 
+def tiny_video() -> Path:
+    """Folder of the embedded model for videos, of LLaVA-OneVision's shape."""
+    return assets() / TINY_VIDEO
+
+
 def pictures() -> dict[str, Path]:
     """The embedded pictures by name."""
     return {path.stem: path for path in sorted((assets() / "pictures").glob("*.png"))}
+
+
+def clips() -> dict[str, Path]:
+    """The embedded video clips by name; beside each lies a .json with questions and their answers."""
+    return {path.stem: path for path in sorted((assets() / "clips").glob("*.mp4"))}
 
 
 def schedules() -> dict[str, Path]:
