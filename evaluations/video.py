@@ -112,7 +112,7 @@ class Bench:
                 lambda b, q: vtprune.QuoTA(keep=b, scorer=self.scorer(q, listed=False)),
                 group="scorers",
             ),
-            Row("quota, the model itself", lambda b, q: vtprune.QuoTA(keep=b, scorer=self.itself), group="scorers", most=60),
+            Row("quota, the model itself", lambda b, q: vtprune.QuoTA(keep=b, scorer=self.itself), group="scorers", most=20),
             Row("quota, text embeddings", lambda b, q: vtprune.QuoTA(keep=b), group="scorers"),
             Row("quota, told the frames", truth, group="scorers"),
             Row("quota, CLIP, adaptive pooling", quota(reducer="pool"), group="reducers"),

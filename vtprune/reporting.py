@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from vtprune.measure.clock import Clock
     from vtprune.pruner import FramePlan
+    from vtprune.video import Frame
 
 
 @dataclass
@@ -150,6 +152,20 @@ class Report:
         from vtprune.viz import overlay
 
         return overlay(self.samples[sample], image, fit=fit)
+
+    def timeline(
+        self, frames: Sequence[Image.Image | Frame], sample: int = 0, video: int = 0, fit: str = "stretch"
+    ) -> Image.Image:
+        """Picture of what each frame of a video scored, what it got of the budget, and which of its tokens were kept.
+
+        Parameters:
+            frames: those that the model was fed, in order; labelled with their times if they are `vtprune.video.Frame`.
+            sample: which sample of the batch; video: which of its videos, pictures not counted.
+            fit: how the processor made frames square, "stretch" or "crop" (shortest edge, centre crop, as CLIP's).
+        """
+        from vtprune.viz_timeline import timeline
+
+        return timeline(self.samples[sample], frames, video=video, fit=fit)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

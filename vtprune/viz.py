@@ -196,20 +196,20 @@ def _images(sample: SampleReport, image: Image.Image | Sequence[Image.Image]) ->
 
 def _grid(sample: SampleReport, number: int) -> tuple[int, int]:
     grid = sample.grids[number]
-    if grid is None:
+    if grid is None or (sample.frames and sample.frames[number] > 1):
         raise VizError(
             f"image {number} has {sample.images[number]} visual tokens that form no grid (tiles and frames form several), so "
-            f"they have no place in one picture. The indices are in the report (samples[...].kept)."
+            f"they have no place in one picture. report.timeline draws videos; the indices are in samples[...].kept."
         )
     return grid
 
 
-def _model_view(image: Image.Image, grid: tuple[int, int], fit: str) -> Image.Image:
-    """What the processor shows the encoder, at a whole number of pixels per patch."""
+def _model_view(image: Image.Image, grid: tuple[int, int], fit: str, side: int = PANEL) -> Image.Image:
+    """What the processor shows the encoder, at a whole number of pixels per patch and about `side` pixels long."""
     if fit not in ("crop", "stretch"):
         raise VizError(f"fit={fit!r}: 'crop' or 'stretch'.")
     rows, columns = grid
-    cell = max(4, round(PANEL / max(rows, columns)))
+    cell = max(4, round(side / max(rows, columns)))
     width, height = columns * cell, rows * cell
     if fit == "stretch":
         return image.resize((width, height), Image.Resampling.BICUBIC)
@@ -227,8 +227,7 @@ def _panel(view: Image.Image, grid: tuple[int, int], kept: np.ndarray, groups: d
     alive = np.zeros(rows * columns, dtype=bool)
     alive[kept] = True
     pixels = np.asarray(view).astype(np.float32)
-    # luma, darkened: the picture stays readable, and no colour there competes with a kept patch
-    dim = np.repeat((pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None], 3, -1) * 0.35 + 12
+    dim = _dimmed(pixels)
     if len(kept) < rows * columns:
         lit = np.kron(alive.reshape(rows, columns), np.ones((cell, cell), dtype=bool))
         pixels = np.where(lit[..., None], pixels, dim)
@@ -240,6 +239,11 @@ def _panel(view: Image.Image, grid: tuple[int, int], kept: np.ndarray, groups: d
             labels[[into, *members]] = number
         _outline(pixels, labels.reshape(rows, columns), cell, MERGED)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _dimmed(pixels: np.ndarray) -> np.ndarray:
+    """Luma, darkened: the picture stays readable, and no colour there competes with a kept patch."""
+    return np.repeat((pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None], 3, -1) * 0.35 + 12
 
 
 def _outline(pixels: np.ndarray, labels: np.ndarray, cell: int, colour: tuple[int, int, int]) -> None:

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vtprune.cli import searching
+from vtprune.cli import demoing, searching, sweeping
 from vtprune.cli.console import (
     UserError,
     assignments,
@@ -37,18 +37,39 @@ app = typer.Typer(
 )
 
 app.add_typer(searching.app, name="search")
+app.command()(sweeping.sweep)
+app.command()(sweeping.report)
+app.command()(demoing.demo)
 
-Picture = Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file, or the name of a shipped one (scene-0).")]
+Picture = Annotated[
+    str,
+    typer.Argument(metavar="IMAGE|VIDEO", help="A picture, video or animation, or the name of a shipped one (scene-0)."),
+]
 Question = Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")]
 Extra = Annotated[list[str] | None, typer.Option("--image", help="Another picture, after the first. Repeatable.")]
 Model = Annotated[str | None, typer.Option(help="Hugging Face id or folder. Default: the embedded tiny model.")]
-Keep = Annotated[str, typer.Option(help="Budget: visual tokens per image (64), or a share (0.1).")]
+Keep = Annotated[
+    str | None, typer.Option(help="Budget: visual tokens per image or video, or a share. Default: 64; of a video 0.25.")
+]
 Positions = Annotated[str | None, typer.Option(help="original or compact. Default: what the strategy's paper did.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0; auto takes CUDA where there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")]
 Attn = Annotated[str, typer.Option(help="Attention implementation, as transformers names it.")]
 MaxNew = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
+IsVideo = Annotated[bool, typer.Option("--video", help="Take it for a video, e.g. a folder of frames.")]
+FrameCount = Annotated[int | None, typer.Option(min=2, help="Frames to look at. Default: 96, and 64 more per hour.")]
+Scorer = Annotated[
+    str | None,
+    typer.Option(
+        help="What scores frames, for quota: embedded, self (the model itself), open_clip:NAME[:PRETRAINED], clip:ID, "
+        "vlm:ID or none (ids or folders). Default: embedded with the embedded model, none otherwise."
+    ),
+]
+Objects = Annotated[str | None, typer.Option(help="What the scorer looks for, 'star, ring'. Default: the question.")]
+Decouple = Annotated[
+    bool, typer.Option("--decouple/--no-decouple", help="Let the model list what to look for first. Default: off.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of tables.")]
 
 
@@ -56,42 +77,67 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output in
 def ask(
     image: Picture,
     question: Question,
-    pruner: Annotated[str, typer.Option(help="A strategy, several joined by +, or none.")] = "flowcut",
-    keep: Keep = "64",
+    pruner: Annotated[
+        str | None, typer.Option(help="A strategy, several joined by +, or none. Default: flowcut; for videos quota.")
+    ] = None,
+    keep: Keep = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of the strategy. Repeatable.")] = None,
     positions: Positions = None,
     model: Model = None,
     more: Extra = None,
-    overlay: Annotated[Path | None, typer.Option(help="Save a picture of what each stage kept.")] = None,
+    overlay: Annotated[Path | None, typer.Option(help="Save a picture of what each stage, or frame, kept.")] = None,
     max_new_tokens: MaxNew = 64,
+    video: IsVideo = False,
+    frames: FrameCount = None,
+    scorer: Scorer = None,
+    objects: Objects = None,
+    decouple: Decouple = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     attn: Attn = "sdpa",
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a question about a picture with a pruned model; print the answer and what pruning saved."""
+    """Ask a question about a picture or video with a pruned model; print the answer and what pruning saved."""
     with mistakes():
-        made = None if pruner == "none" else strategy(pruner, budget(keep), assignments(set_ or []), _schedules(model))
+        from vtprune.cli import running, watching
+
+        options = watching.Options(video, frames, scorer, objects, decouple)
+        clip = watching.open_argument(image, options)
+        name = pruner or ("flowcut" if clip is None else "quota")
+        share_of, fields = budget(keep or ("64" if clip is None else watching.KEEP)), assignments(set_ or [])
+        schedules = _schedules(model) if clip is None else {}
+        made = None if name == "none" else strategy(name, share_of, fields, schedules)
         if made is None and set_:
             raise UserError("--set needs a strategy; --pruner none has no fields.")
-        from vtprune.cli import running
-
-        images = running.read_images([image, *(more or [])])
+        options.check(clip is not None, [made] if made else [])
+        if clip is not None and more:
+            raise UserError("--image adds pictures to a picture; a video is asked about alone.")
+        images = running.read_images([image, *(more or [])]) if clip is None else []
         with err().status("loading the model"):
-            loaded = running.load(model, device, dtype, attn, trust_remote_code)
-            inputs = running.prepare(loaded, images, question)
+            loaded = running.load(model, device, dtype, attn, trust_remote_code, clip is not None)
+            if clip is None:
+                inputs = running.prepare(loaded, images, question)
+            else:
+                seen = watching.watch(clip, frames, loaded.processor)
+                inputs = watching.prepare(loaded, seen, question)
+                looks = watching.scorer([made] if made else [], options, loaded, model is None)
+                if looks is not None:
+                    made = strategy(name, share_of, {**fields, "scorer": looks}, schedules)
         with err().status("answering"):
             text, report = running.answer(loaded, inputs, made, positions, max_new_tokens)
         if overlay is not None:
-            write_picture(overlay, report.overlay(images, fit=_fit(loaded.processor)))
+            fit = _fit(loaded.processor, clip is not None)
+            picture = report.overlay(images, fit=fit) if clip is None else report.timeline(seen.frames, fit=fit)
+            write_picture(overlay, picture)
         if as_json:
             settings = made.settings() if made else {"name": "none"}
+            asked = {"images": [image, *(more or [])]} if clip is None else {"video": seen.to_dict(report)}
             print_json(
                 {
                     "answer": text,
                     "question": question,
-                    "images": [image, *(more or [])],
+                    **asked,
                     "model": loaded.name,
                     "settings": settings,
                     "report": report.to_dict(),
@@ -101,7 +147,7 @@ def ask(
         console = out()
         console.print(f"[bold]{escape(text)}[/]", soft_wrap=True)
         console.print()
-        console.print(_report_table(report))
+        console.print(_report_table(report, () if clip is None else watching.rows(report, seen)))
         for note in report.notes:
             err().print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
 
@@ -111,12 +157,17 @@ def compare(
     image: Picture,
     question: Question,
     pruner: Annotated[list[str] | None, typer.Option(help="A strategy. Repeatable. Default: all.")] = None,
-    keep: Keep = "64",
+    keep: Keep = None,
     positions: Positions = None,
     model: Model = None,
     sheet: Annotated[Path | None, typer.Option("--out", help="Save one picture of what each kept.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed prefills per strategy; the median is shown.")] = 3,
     max_new_tokens: MaxNew = 64,
+    video: IsVideo = False,
+    frames: FrameCount = None,
+    scorer: Scorer = None,
+    objects: Objects = None,
+    decouple: Decouple = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     attn: Attn = "sdpa",
@@ -125,17 +176,29 @@ def compare(
 ) -> None:
     """Ask several strategies the same question: answer, tokens, time, cache and picture side by side."""
     with mistakes():
+        from vtprune.cli import comparing, running, watching
+        from vtprune.cli.listing import serves
         from vtprune.registry import available
 
-        share_of = budget(keep)
-        names = list(dict.fromkeys(pruner or (name for name, cls in available().items() if cls.modality != "video")))
-        made = {name: strategy(name, share_of, {}, _schedules(model)) for name in names if name != "none"}
-        from vtprune.cli import comparing, running
-
-        images = running.read_images([image])
+        options = watching.Options(video, frames, scorer, objects, decouple)
+        clip = watching.open_argument(image, options)
+        keep = keep or ("64" if clip is None else watching.KEEP)
+        share_of, other = budget(keep), "videos" if clip is None else "pictures"
+        names = list(dict.fromkeys(pruner or (name for name, cls in available().items() if serves(cls) != other)))
+        schedules = _schedules(model) if clip is None else {}
+        made = {name: strategy(name, share_of, {}, schedules) for name in names if name != "none"}
+        options.check(clip is not None, made.values())
+        images = running.read_images([image]) if clip is None else []
         with err().status("loading the model"):
-            loaded = running.load(model, device, dtype, attn, trust_remote_code)
-            inputs = running.prepare(loaded, images, question)
+            loaded = running.load(model, device, dtype, attn, trust_remote_code, clip is not None)
+            if clip is None:
+                inputs = running.prepare(loaded, images, question)
+            else:
+                seen = watching.watch(clip, frames, loaded.processor)
+                inputs = watching.prepare(loaded, seen, question)
+                looks = watching.scorer(made.values(), options, loaded, model is None)
+                takers = [name for name in made if looks is not None and watching.takes_scorer(made[name])]
+                made |= {name: strategy(name, share_of, {"scorer": looks}, schedules) for name in takers}
         with err().status("") as status:
             rows = comparing.run(
                 loaded,
@@ -147,13 +210,14 @@ def compare(
                 lambda label: status.update(escape(label)),
             )
         if sheet is not None:
-            picture = comparing.draw(rows, images[0], f"{question}  (keep {keep})", _fit(loaded.processor))
-            write_picture(sheet, picture)
+            shown = images[0] if clip is None else seen.frames
+            fit = _fit(loaded.processor, clip is not None)
+            write_picture(sheet, comparing.draw(rows, shown, f"{question}  (keep {keep})", fit))
         if as_json:
             print_json(
                 {
                     "question": question,
-                    "image": image,
+                    "image" if clip is None else "video": image,
                     "model": loaded.name,
                     "keep": share_of,
                     "rows": [row.to_dict() for row in rows],
@@ -170,7 +234,7 @@ def compare(
 
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """The strategies: their stages, what they need, their papers."""
+    """The strategies: what they serve, their stages, what they need, their papers."""
     with mistakes():
         from vtprune.cli.listing import describe_all
 
@@ -180,13 +244,14 @@ def list_(as_json: AsJson = False) -> None:
             return
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("name", no_wrap=True)
-        for column in ("stages", "positions", "needs", "paper", "year"):
+        for column in ("for", "stages", "positions", "needs", "paper", "year"):
             table.add_column(column)
         for row in rows:
             name = row["name"] + (f" ({row['package']})" if row["package"] else "")
             needs, year = ", ".join(row["needs"]) or "-", str(row["year"] or "-")
             paper = row["paper"].replace(f" {year})", ")")
-            table.add_row(escape(name), ", ".join(row["stages"]), row["positions"], needs, escape(paper), year)
+            stages = ", ".join(row["stages"])
+            table.add_row(escape(name), row["serves"], stages, row["positions"], needs, escape(paper), year)
         out().print(table)
 
 
@@ -300,12 +365,13 @@ def _schedules(model: str | None) -> dict[str, Path]:
     return embedded.schedules() if model is None else {}
 
 
-def _fit(processor) -> str:
-    """How the processor makes pictures square, for overlays."""
-    return "crop" if getattr(getattr(processor, "image_processor", None), "do_center_crop", False) else "stretch"
+def _fit(processor, video: bool) -> str:
+    """How the processor makes pictures, or a video's frames, square, for overlays."""
+    part = getattr(processor, "video_processor" if video else "image_processor", None)
+    return "crop" if getattr(part, "do_center_crop", False) else "stretch"
 
 
-def _report_table(report) -> Table:
+def _report_table(report, more=()) -> Table:
     from vtprune.reporting import describe_trail
 
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -324,6 +390,8 @@ def _report_table(report) -> Table:
     table.add_row("FLOPs to first token", work)
     table.add_row("prefill", f"{report.prefill_ms:.1f} ms, first run, not warmed up")
     table.add_row("of which selection", f"{report.selection_ms:.1f} ms")
+    for name, text in more:
+        table.add_row(name, escape(text))
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,16 @@ from vtprune.cli.running import Loaded, answer
 from vtprune.measure.bench import Case, measure
 from vtprune.pruner import Pruner, VtpruneError
 from vtprune.viz import Entry, contact_sheet, final_picture, stages
+from vtprune.viz_timeline import strips, timeline
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from vtprune.reporting import Report
+    from vtprune.video import Frame
+
+# frames of a video that each strategy's strip shows
+STRIP = 16
 
 
 @dataclass
@@ -88,17 +93,23 @@ def run(
     return rows
 
 
-def draw(rows: list[CompareRow], image: Image.Image, heading: str, fit: str) -> Image.Image:
+def draw(rows: list[CompareRow], shown: Image.Image | Sequence[Frame], heading: str, fit: str) -> Image.Image:
     """The contact sheet: what each strategy was left with at its last stage.
 
+    Parameters:
+        shown: the picture, or the video's frames that the model was fed.
     Raises:
         VizError: if the image's tokens form no grid.
     """
     # those that did not run go last
-    return contact_sheet([_entry(row, image, fit) for row in sorted(rows, key=lambda row: bool(row.error))], heading)
+    entries = [_entry(row, shown, fit) for row in sorted(rows, key=lambda row: bool(row.error))]
+    if not isinstance(shown, Sequence):
+        return contact_sheet(entries, heading)
+    part = f"{min(STRIP, len(shown))} of {len(shown)} frames. " if len(shown) > STRIP else ""
+    return strips(entries, f"{heading}\n{part}Above each frame its tokens (blue), beside its score (orange) where it has one.")
 
 
-def _entry(row: CompareRow, image: Image.Image, fit: str) -> Entry:
+def _entry(row: CompareRow, shown: Image.Image | Sequence[Frame], fit: str) -> Entry:
     if row.report is None:
         return Entry(row.name, row.error or "", "")
     sample = row.report.samples[0]
@@ -110,4 +121,8 @@ def _entry(row: CompareRow, image: Image.Image, fit: str) -> Entry:
         )
     else:
         caption = f"{steps[-2]}, {steps[-1]}"
-    return Entry(row.name, caption, f"\u201c{row.answer}\u201d", final_picture(sample, image, fit))
+    if isinstance(shown, Sequence):
+        picture = timeline(sample, shown, fit=fit, most=STRIP, columns=STRIP, bare=True)
+    else:
+        picture = final_picture(sample, shown, fit)
+    return Entry(row.name, caption, f"\u201c{row.answer}\u201d", picture)

@@ -21,11 +21,12 @@ _WORDS = {
 
 
 def describe_all() -> list[dict[str, Any]]:
-    """One JSON-ready row per strategy: name, stages, positions, needs, paper, year, package (of third-party ones)."""
+    """One JSON-ready row per strategy: name, stages, serves, positions, needs, paper, year, package (of third-party ones)."""
     return [
         {
             "name": name,
-            "stages": [stage for stage in STAGES if getattr(cls, stage) is not getattr(Pruner, stage)],
+            "stages": _stages(cls),
+            "serves": serves(cls),
             "positions": cls.positions,
             "needs": _needs(cls),
             "paper": cls.paper,
@@ -34,6 +35,21 @@ def describe_all() -> list[dict[str, Any]]:
         }
         for name, cls in available().items()
     ]
+
+
+def serves(cls: type[Pruner]) -> str:
+    """ "pictures", "videos" or "both": a video's frames are pooled behind the encoder, so work inside it alone serves none."""
+    if cls.modality == "video":
+        return "videos"
+    try:
+        stages = cls().stages()  # with its defaults, a strategy may leave out some
+    except (TypeError, VtpruneError):
+        stages = _stages(cls)
+    return "both" if set(stages) & {"select", "prefill", "decode"} else "pictures"
+
+
+def _stages(cls: type[Pruner]) -> list[str]:
+    return [stage for stage in STAGES if getattr(cls, stage) is not getattr(Pruner, stage)]
 
 
 def _year(paper: str) -> int | None:
@@ -59,4 +75,6 @@ def _needs(cls: type[Pruner]) -> list[str]:
             if need.queries:
                 found[_WORDS.get(need.queries, need.queries)] = None
     found.update(dict.fromkeys(cls.reads))
+    if "scorer" in cls.__dataclass_fields__:
+        found["a scorer if given"] = None
     return list(found)

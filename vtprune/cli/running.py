@@ -66,9 +66,11 @@ def pick_dtype(name: str, device):
     return getattr(torch, name)
 
 
-def load(model: str | None, device: str, dtype: str, attn: str, trust_remote_code: bool) -> Loaded:
-    """Model and processor by Hugging Face id or folder; None is the embedded tiny model.
+def load(model: str | None, device: str, dtype: str, attn: str, trust_remote_code: bool, video: bool = False) -> Loaded:
+    """Model and processor by Hugging Face id or folder.
 
+    Parameters:
+        model: None for the embedded tiny model, of videos if `video`.
     Raises:
         UserError: if they cannot be loaded.
     """
@@ -77,8 +79,10 @@ def load(model: str | None, device: str, dtype: str, attn: str, trust_remote_cod
     import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    source = str(embedded.tiny_model()) if model is None else model
-    name = "the embedded tiny model" if model is None else model
+    source, name = model, model
+    if model is None:
+        source = str(embedded.tiny_video() if video else embedded.tiny_model())
+        name = f"the embedded tiny {'video ' if video else ''}model"
     if model is not None and Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model!r} is a folder without a config.json.")
     transformers.utils.logging.set_verbosity_error()
@@ -114,21 +118,33 @@ def prepare(loaded: Loaded, images: Sequence[Image.Image], question: str) -> dic
     Raises:
         UserError: if the question is empty or holds the image placeholder, or the processor refuses.
     """
-    token = getattr(loaded.processor, "image_token", "<image>")
+    return encode(loaded, "image", len(images), question, {"images": list(images)})
+
+
+def encode(loaded: Loaded, kind: str, count: int, question: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Model inputs for a prompt of `count` pictures or videos followed by the question.
+
+    Parameters:
+        kind: "image" or "video"; given: what the processor takes of them.
+    Raises:
+        UserError: if the question is empty or holds a placeholder, or the processor refuses.
+    """
+    what = {"image": "picture", "video": "video"}[kind]
+    token = getattr(loaded.processor, f"{kind}_token", f"<{kind}>")
     if not question.strip():
         raise UserError("the question is empty.")
     if token in question:
-        raise UserError(f"the question holds {token!r}, which marks a picture's place; the pictures come first by themselves.")
+        raise UserError(f"the question holds {token!r}, which marks a {what}'s place; the {what}s come first by themselves.")
     if getattr(loaded.processor, "chat_template", None):
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+        content = [{"type": kind} for _ in range(count)] + [{"type": "text", "text": question}]
         text = loaded.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     else:
-        pictures = f"{token}\n" * len(images)
-        text = f"USER: {pictures}{question} ASSISTANT:"
+        places = f"{token}\n" * count
+        text = f"USER: {places}{question} ASSISTANT:"
     try:
-        inputs = loaded.processor(images=list(images), text=text, return_tensors="pt")
+        inputs = loaded.processor(text=text, return_tensors="pt", **given)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{loaded.name} has a processor that cannot take pictures with a question: {error}") from error
+        raise UserError(f"{loaded.name} has a processor that cannot take {what}s with a question: {error}") from error
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))
 
 
