@@ -230,7 +230,7 @@ def test_what_a_strategy_sees_of_a_video(family):
     assert view.frames == FRAMES and view.tokens == tokens and len(view.index) == 2
     assert view.grid == grid
     assert [len(s.kept) for s in session.report.samples] == [3, 3]
-    assert session.report.samples[0].grids == [None]
+    assert session.report.samples[0].grids == [grid]
 
 
 def test_class_tokens_of_frames_stay_and_are_not_offered():

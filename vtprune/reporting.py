@@ -37,7 +37,7 @@ class SampleReport:
             (newline embeddings of tiled pictures, which always stay); None where all are visual.
         foreign: kept indices whose vector stands for something else, such as the class token in a dropped patch's place.
         images: tokens of each image before pruning, in order; an image's tokens are numbered after its predecessors'.
-        grids: (rows, columns) of each image's tokens, or None where they form no grid.
+        grids: (rows, columns) of each image's tokens, of a video one frame's, or None where they form no grid.
     """
 
     visual_tokens: int
