@@ -8,6 +8,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any
 
 from vtprune import embedded
@@ -109,24 +111,59 @@ def make(column: Column, loaded: Loaded, own: bool, clip: bool = False) -> Prune
     return pruner if looks is None else strategy(column.pruner, column.keep, {"scorer": looks})
 
 
+@cache
+def _listeners() -> tuple[type, type]:
+    """What listens to `generate`; made late, as transformers takes its time to import."""
+    import torch
+    from transformers import StoppingCriteria, TextStreamer
+
+    class Stream(TextStreamer):
+        """Hands on words, notes when tokens came."""
+
+        def __init__(self, tokenizer, words: Queue, times: list[float]):
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.words, self.times = words, times
+
+        def put(self, value) -> None:
+            if not self.next_tokens_are_prompt:
+                self.times.append(time.perf_counter())
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                self.words.put(text)
+
+    class Asked(StoppingCriteria):
+        """Ends when the visitor says so."""
+
+        def __init__(self, stop: threading.Event):
+            self.stop = stop
+
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), self.stop.is_set(), dtype=torch.bool, device=input_ids.device)
+
+    return Stream, Asked
+
+
 class Generation:
-    """A call of `generate` in a thread of its own, read piece by piece.
+    """A call of `generate` in the keeper's thread, read piece by piece.
 
     Parameters:
-        keeper: lends the model. inputs: for `generate`, made by `prepare(loaded)` once the model is lent.
-        pruner: None for unpruned. stop: ends it at the next token. cache: to go on from, or None.
+        keeper: lends the model. prepare: `Loaded` -> inputs of `generate`, called once the model is lent.
+        pruner: None for unpruned. stop: ends it at the next token. past: a cache to go on from, or None.
         watch: whether to keep what the strategy looked at.
     """
 
-    def __init__(self, keeper, prepare, pruner: Pruner | None, tokens: int, stop: threading.Event, cache=None, watch=True):
+    def __init__(self, keeper, prepare, pruner: Pruner | None, tokens: int, stop: threading.Event, past=None, watch=True):
         self.keeper, self.prepare, self.pruner, self.tokens = keeper, prepare, pruner, tokens
-        self.stop, self.cache = stop, cache
+        self.stop, self.past = stop, past
         self.watch = Watch(pruner) if watch and pruner is not None else None
         self.report: Report | None = None
         self.ids: list[int] = []
         self.fed: list[int] = []
         self.text, self.error = "", None
         self.begin, self.times = 0.0, []
+        self._queue: Queue[str | None] = Queue()
         self._seen: list[Seen] = []
 
     def pieces(self) -> Iterator[str]:
@@ -136,21 +173,18 @@ class Generation:
             Stopped: before the first token; afterwards a stop ends the pieces early.
             Exception: whatever the strategy or model raised.
         """
-        from queue import Empty, Queue
-
-        self._queue: Queue[str | None] = Queue()
-        thread = threading.Thread(target=self._work, name="vtprune-demo-run", daemon=True)
-        thread.start()
+        job = self.keeper.worker.submit(self._work)
         try:
             while True:
                 try:
-                    piece = self._queue.get(timeout=0.5)
+                    piece = self._queue.get(timeout=0.2)
                 except Empty:
+                    if self.stop.is_set() and job.cancel():
+                        raise Stopped from None  # its turn had not come yet
                     continue
                 if piece is None:
                     break
                 yield piece
-            thread.join()
         except GeneratorExit:
             self.stop.set()  # the page is gone
             raise
@@ -171,15 +205,18 @@ class Generation:
 
     def _generate(self, loaded: Loaded) -> None:
         import torch
+        from transformers import StoppingCriteriaList
 
         import vtprune
         from vtprune.measure.bench import Everything
 
+        stream, asked = _listeners()
+        words = getattr(loaded.processor, "tokenizer", loaded.processor)
         inputs = self.prepare(loaded)
         fed = inputs["input_ids"]
         # transformers 5.24 gave the argument another name
         name = "cache" if "cache" in inspect.signature(type(loaded.model).forward).parameters else "past_key_values"
-        more = {} if self.cache is None else {name: self.cache}
+        more = {} if self.past is None else {name: self.past}
         with vtprune.pruning(loaded.model, self.pruner or Everything()) as session, torch.inference_mode():
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*generation flags are not valid.*")
@@ -190,8 +227,8 @@ class Generation:
                     **more,
                     max_new_tokens=self.tokens,
                     do_sample=False,
-                    streamer=self._streamer(loaded.processor),
-                    stopping_criteria=self._criteria(),
+                    streamer=stream(words, self._queue, self.times),
+                    stopping_criteria=StoppingCriteriaList([asked(self.stop)]),
                 )
             self.report = session.report if self._has_picture(inputs) else None
             self.fed, self.ids = fed[0].tolist(), made[0, fed.shape[1] :].tolist()
@@ -205,39 +242,6 @@ class Generation:
     @staticmethod
     def _has_picture(inputs: dict[str, Any]) -> bool:
         return any(name in inputs for name in ("pixel_values", "pixel_values_videos"))
-
-    def _streamer(self, processor):
-        from transformers import TextStreamer
-
-        queue, times = self._queue, self.times
-
-        class Stream(TextStreamer):
-            """Hands on words, notes when tokens came."""
-
-            def put(self, value):
-                if not self.next_tokens_are_prompt:
-                    times.append(time.perf_counter())
-                super().put(value)
-
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                if text:
-                    queue.put(text)
-
-        return Stream(getattr(processor, "tokenizer", processor), skip_prompt=True, skip_special_tokens=True)
-
-    def _criteria(self):
-        import torch
-        from transformers import StoppingCriteria, StoppingCriteriaList
-
-        stop = self.stop
-
-        class Asked(StoppingCriteria):
-            """Ends when the visitor says so."""
-
-            def __call__(self, input_ids, scores, **kwargs):
-                return torch.full((input_ids.shape[0],), stop.is_set(), dtype=torch.bool, device=input_ids.device)
-
-        return StoppingCriteriaList([Asked()])
 
     @property
     def ttft_ms(self) -> float | None:

@@ -83,7 +83,7 @@ class Chat:
             def inputs(lent: Loaded) -> dict[str, Any]:
                 return self._inputs(lent, before, new, images)
 
-            run = Generation(keeper, inputs, pruner, tokens, stop, cache=self._cache, watch=False)
+            run = Generation(keeper, inputs, pruner, tokens, stop, past=self._cache, watch=False)
             self.turns.append(turn)
             for piece in run.pieces():
                 turn.answer += piece

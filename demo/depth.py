@@ -40,9 +40,9 @@ class Place:
 def places(blocks: int, layers: int) -> list[Place]:
     """All of them in running order, for a model of so many vision blocks and decoder layers."""
     return [
-        *(Place("block", n, f"after vision block {n} of {blocks - 1}") for n in range(blocks)),
+        *(Place("block", n, f"after vision block {n}") for n in range(blocks)),
         Place("entry", 0, "entering the decoder"),
-        *(Place("layer", n, f"at decoder layer {n} of {layers - 1}") for n in range(layers)),
+        *(Place("layer", n, f"at decoder layer {n}") for n in range(layers)),
         Place("cache", layers - 1, "in the cache of the last layer"),
     ]
 

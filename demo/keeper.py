@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,8 @@ class Keeper:
         self._load = load or self._by_name
         self._warm = warm
         self._lock = threading.Lock()
+        # one thread for all runs: a new one each time would set up torch's own threads anew
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="vtprune-demo-run")
         self._ready = threading.Event()
         self._started = threading.Lock()
         self._thread: threading.Thread | None = None

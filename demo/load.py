@@ -29,8 +29,8 @@ from vtprune.cli.console import strategy
 from vtprune.images import open_image
 
 QUESTIONS = ("What word is written in the picture?", "How many objects are there?", "What color is the circle?")
-BUDGETS = (32, 64, 96, 128)
-STRATEGIES = ("flowcut", "random", "visionzip")
+BUDGETS = (48, 128)
+STRATEGIES = ("flowcut", "random", "uniform")
 
 
 def main() -> None:
@@ -129,8 +129,9 @@ def visit(n: int, picture: str, address: str, place: Path, right: dict, end: flo
     mine = place / "uploads" / str(n) / own
     mine.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(embedded.pictures()[picture], mine)
-    client = Client(address, verbose=False)
+    client = None
     try:
+        client = connect(address)
         client.predict(api_name="/open")
         client.predict(handle_file(mine), api_name="/upload")
         first = True
@@ -151,14 +152,20 @@ def visit(n: int, picture: str, address: str, place: Path, right: dict, end: flo
                 right_ones = not (expected - Counter(said))
                 met["wrong"] += not right_ones
                 if (others or not right_ones) and len(met["examples"]) < 3:
-                    met["examples"].append([own, question, keep, list(expected), said[:12]])
+                    met["examples"].append([own, question, keep, list(expected), [s for s in said if len(s) < 30]])
     except Exception as error:  # noqa: BLE001  (counted and reported, whatever it is)
         with lock:
             met["errors"] += 1
             if len(met["examples"]) < 3:
                 met["examples"].append(f"{type(error).__name__}: {error}"[:300])
     finally:
-        client.close()
+        if client is not None:
+            client.close()
+
+
+def connect(address: str) -> Client:
+    """A visitor's connection, patient as a browser is."""
+    return Client(address, verbose=False, httpx_kwargs={"timeout": 120})
 
 
 def wait_for(address: str, place: Path) -> None:
@@ -171,7 +178,7 @@ def wait_for(address: str, place: Path) -> None:
             httpx.get(address, timeout=5).raise_for_status()
         except httpx.HTTPError:
             continue
-        client = Client(address, verbose=False)
+        client = connect(address)
         client.predict(api_name="/open")
         client.predict(QUESTIONS[0], 2, 16, "kept tokens", "none", "flowcut", "none", "none", 1, 64, 1, 1, api_name="/ask")
         client.close()

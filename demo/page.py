@@ -192,6 +192,7 @@ class Page(Talking):
         for n, answer in enumerate(session.answers):
             if answer is not None and answer.report is not None:
                 out[self.parts[f"figures{n}"]] = words.figures(answer, session.unpruned())
+                out[self.parts[f"answer{n}"]] = answer.text
         stopped = any(session.answers[n] is not None and session.answers[n].stopped for n in which)
         out[status] = words.status(" ".join(["Stopped." if stopped else "Done.", *source.notes]))
         yield {**out, **self.show_links(session, question, asked[: int(count)], stage), **self.show_stories(session)}

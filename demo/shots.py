@@ -30,14 +30,18 @@ def main(target: Path) -> None:
             page = browser.new_context(viewport={"width": width, "height": height}, **options).new_page()
             page.goto(f"{address}?{query}", timeout=PATIENCE)
             expect(page.locator("#status")).to_contain_text("Done", timeout=PATIENCE)
-            page.wait_for_timeout(800)
+            # pictures further down are loaded when they come into sight
+            for part in ("#column1", "#story", "#ask"):
+                page.locator(part).scroll_into_view_if_needed()
+                page.wait_for_timeout(400)
+            page.evaluate("scrollTo(0, 0)")
+            page.wait_for_timeout(400)
             return page
 
         desktop = visit(START + "&column=visionzip:64&stage=16", 1400, 1330)
         keep(desktop.screenshot(), target / "demo-desktop.png")
         keep(visit(START + "&stage=10", 1200, 1250, color_scheme="dark").screenshot(), target / "demo-dark.png")
         phone = visit(PHONE, 390, 844, device_scale_factor=2, has_touch=True)
-        phone.locator("#stage").scroll_into_view_if_needed()
         keep(phone.screenshot(full_page=True), target / "demo-phone.png", width=390)
         keep(visit(CLIP, 1200, 1250).screenshot(full_page=True), target / "demo-clip.png", width=900)
         film(visit(START, 1100, 900), target / "demo.gif")
@@ -62,7 +66,7 @@ def film(page: Page, path: Path) -> None:
         expect(page.locator("#figures1")).to_contain_text(f"{budget} of 576", timeout=PATIENCE)
         snap()
     # one palette for all, so that what does not change costs nothing
-    palette = frames[0].quantize(96, method=Image.Quantize.MEDIANCUT)
+    palette = frames[6].quantize(128, method=Image.Quantize.MAXCOVERAGE)
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     small[0].save(path, save_all=True, append_images=small[1:], duration=[700] * 11 + [2500], loop=0, optimize=True)
     print(path, path.stat().st_size // 1000, "kB")
@@ -79,7 +83,7 @@ def keep(shot: bytes, path: Path, width: int | None = None) -> None:
     picture = Image.open(io.BytesIO(shot)).convert("RGB")
     if width is not None and picture.width > width:
         picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
-    picture.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
     print(path, path.stat().st_size // 1000, "kB", picture.size)
 
 

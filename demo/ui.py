@@ -29,11 +29,12 @@ MEASURED = """
 Every column runs the whole model, one column after the other. Shares are of an unpruned run of the same input; times are
 compared with the unpruned column's, where there is one.
 
+- **Tokens in**: visual tokens that enter the decoder.
 - **Equivalent tokens**: mean over decoder layers of the visual tokens computed on. Budgets are spent in this unit.
 - **Prefill**: vision encoder, projector and decoder up to the first token, all that vtprune adds included; one run.
-- **Time to first token**: from the call of `generate`. **Tokens per second**: after the first one.
+- **First token**: time from the call of `generate`. **Tokens / s**: after the first one.
 - **KV cache**: bytes of keys and values after prefill. **FLOPs**: two per multiply-add, no LM head.
-- **Selection overhead**: attention rows, scores, selections, gathers, masks; as a share of the unpruned prefill.
+- **Selection**: attention rows, scores, selections, gathers, masks; as a share of the unpruned prefill.
 
 The embedded model is small and knows drawn shapes only: it shows how strategies work, not how they rank on photographs.
 Uploaded files are deleted when the page is closed, or after a while without a click.
@@ -142,7 +143,7 @@ def _controls(parts: dict[str, Any], page: Page) -> None:
         with gr.Column(scale=3, min_width=280):
             parts["stage"] = gr.Slider(
                 0, len(places) - 1, value=len(places) - 2, step=1, elem_id="stage", buttons=[],
-                label="Stage: drag through the model's depth, from the vision encoder to the cache",
+                label="Stage: drag from the vision encoder to the cache",
             )  # fmt: skip
             parts["place"] = gr.Textbox(
                 places[-2].title, show_label=False, container=False, interactive=False, elem_id="place", elem_classes="vt-place"
@@ -160,7 +161,7 @@ def _column(parts: dict[str, Any], n: int) -> None:
             strategies(), value=start.pruner, label=f"Strategy {n + 1}", allow_custom_value=True, elem_id=f"pruner{n}"
         )
         parts[f"keep{n}"] = gr.Slider(
-            1, 576, value=start.keep, step=1, label="Budget, visual tokens per picture", elem_id=f"keep{n}", buttons=[]
+            1, 576, value=start.keep, step=1, label="Budget (visual tokens)", elem_id=f"keep{n}", buttons=[]
         )
         parts[f"image{n}"] = gr.Image(
             type="pil", format="webp", interactive=False, label=f"Patches of column {n + 1}", show_label=False,
@@ -191,7 +192,7 @@ def _chat(parts: dict[str, Any], limits: Limits) -> None:
             strategies(), value="flowcut", label="Strategy of the chat", allow_custom_value=True, elem_id="chat_pruner"
         )
         parts["chat_keep"] = gr.Slider(
-            1, 576, value=128, step=1, label="Budget, visual tokens per picture", elem_id="chat_keep", buttons=[]
+            1, 576, value=128, step=1, label="Budget (visual tokens)", elem_id="chat_keep", buttons=[]
         )
     parts["chat_log"] = gr.Chatbot(
         label="Chat; it begins with the picture above", height=320, render_markdown=False, sanitize_html=True,

@@ -38,24 +38,24 @@ def figures(answer: Answer, unpruned: Answer | None) -> str:
     rate = found["tokens_per_second"]
     rows = [
         (
-            "Tokens into the decoder",
+            "Tokens in",
             f"{found['entered']} of {found['visual_tokens']}",
             found["entered"],
             found["visual_tokens"],
         ),
         ("Equivalent tokens", f"{found['equivalent_tokens']:.1f}", found["equivalent_tokens"], found["visual_tokens"]),
         ("Prefill", ms(found["prefill_ms"]), found["prefill_ms"], base.get("prefill_ms")),
-        ("Time to first token", ms(found["ttft_ms"]), found["ttft_ms"], base.get("ttft_ms")),
-        ("Tokens per second", "\u2013" if rate is None else f"{rate:.1f}", rate, base.get("tokens_per_second")),
+        ("First token", ms(found["ttft_ms"]), found["ttft_ms"], base.get("ttft_ms")),
+        ("Tokens / s", "\u2013" if rate is None else f"{rate:.1f}", rate, base.get("tokens_per_second")),
         ("KV cache", _mib(found["kv_bytes"]), found["kv_bytes"], found["kv_bytes_full"]),
-        ("FLOPs to first token", _flops(found["flops"]), found["flops"], found["flops_full"]),
-        ("Selection overhead", ms(found["selection_ms"]), found["selection_ms"], base.get("prefill_ms")),
+        ("FLOPs", _flops(found["flops"]), found["flops"], found["flops_full"]),
+        ("Selection", ms(found["selection_ms"]), found["selection_ms"], base.get("prefill_ms")),
     ]
     cells = "".join(
         f"<tr><th scope='row'>{escape(name)}</th><td>{escape(value)}</td><td>{_share(part, whole)}</td></tr>"
         for name, value, part, whole in rows
     )
-    head = "".join(f"<th scope='col'>{h}</th>" for h in ("<span class='vt-hide'>Figure</span>", "here", "of unpruned"))
+    head = "".join(f"<th scope='col'>{h}</th>" for h in ("<span class='vt-hide'>Figure</span>", "here", "of\u202funpruned"))
     notes = "".join(f"<p class='vt-note'>{escape(note)}</p>" for note in answer.report.notes)
     trail = escape(describe_trail(answer.report.samples[0].trail()))
     return f"<table class='vt-figures'><tr>{head}</tr>{cells}</table><p class='vt-note'>Where they went: {trail}.</p>{notes}"

@@ -183,15 +183,14 @@ def questions(count: int, types: Sequence[str] = NEEDLE_TYPES, start: int = 0) -
 def run(bench: Bench, budget: int, asked: list[Asked], timed: int) -> list[Row]:
     """All rows on all questions, then times on the first `timed`."""
     rows, console = bench.rows(), Console(stderr=True)
-    with torch.inference_mode():
-        with bench.remembering():
-            for at, one in enumerate(track(asked, f"{budget} tokens", console=console)):
-                for row in rows:
-                    if row.most is not None and at >= row.most:
-                        continue
-                    said, report = bench.answer(row, budget, one)
-                    row.raw.append(said == one.question.answer)
-                    row.tokens.append(len(report.samples[0].kept))
+    with torch.inference_mode(), bench.remembering():
+        for at, one in enumerate(track(asked, f"{budget} tokens", console=console)):
+            for row in rows:
+                if row.most is not None and at >= row.most:
+                    continue
+                said, report = bench.answer(row, budget, one)
+                row.raw.append(said == one.question.answer)
+                row.tokens.append(len(report.samples[0].kept))
     take_times(bench, rows, budget, asked[: timed + 1])
     return rows
 

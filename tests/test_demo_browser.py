@@ -30,6 +30,7 @@ from vtprune import embedded
 from vtprune.cli import running
 
 expect = playwright.expect
+expect.set_options(timeout=90_000)
 # cores are shared while tests run
 PATIENCE = 90_000
 QUESTION = "What shape is the white object?"
@@ -211,7 +212,7 @@ def test_another_strategy_and_budget_run_again(page):
     expect(page.locator("#figures2")).to_contain_text("merged")
     slide(page, "keep2", 8)
     expect(page.locator("#figures2")).to_contain_text("8 of 576", timeout=PATIENCE)
-    page.get_by_label("4", exact=True).click()
+    page.locator("#count").get_by_label("4", exact=True).click()
     expect(page.locator("#column3")).to_be_visible()
 
 
