@@ -1,6 +1,6 @@
 """QuoTA and the ways of spending a video's budget, on needles in clips of the embedded video model's world.
 
-    python -m evaluations.video --questions 300 --json docs/video/results.json --markdown docs/video/ablation.md
+    python -m evaluations.video --questions 150 --timed 5 --json docs/video/results.json --markdown docs/video.md
 
 Every row answers the same questions with the same number of visual tokens, through the processor and `generate`. Frames get
 sensor noise of their own, so that no two are equal. Accuracy and times come from separate passes: in the first the vision
@@ -39,6 +39,7 @@ FRAMES = 64
 NOISE = 3  # grey levels to either side
 RESAMPLES = 10_000
 BASELINE = "even over all frames"
+MARKS = ("<!-- ablation -->", "<!-- /ablation -->")
 
 
 @dataclass
@@ -287,7 +288,9 @@ def again(args: argparse.Namespace) -> None:
 def finish(args: argparse.Namespace, result: dict[str, Any]) -> None:
     write(args.json, json.dumps(result, indent=1) + "\n")
     if args.markdown:
-        write(args.markdown, markdown(result))
+        page = args.markdown.read_text(encoding="utf-8")
+        before, (_, after) = page.split(MARKS[0])[0], page.split(MARKS[1])
+        write(args.markdown, f"{before}{MARKS[0]}\n{markdown(result)}{MARKS[1]}{after}")
     print(markdown(result))
 
 
@@ -298,7 +301,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--times", action="store_true", help="take the times in --json anew, and nothing else")
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--markdown", type=Path, help=f"page whose part between {MARKS[0]} and {MARKS[1]} is written anew")
     args = parser.parse_args()
     if args.times:
         again(args)
