@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vtprune.cli import demoing, searching, sweeping
+from vtprune.cli import demoing, searching, serving, sweeping
 from vtprune.cli.console import (
     UserError,
     assignments,
@@ -255,8 +255,14 @@ def list_(as_json: AsJson = False) -> None:
         out().print(table)
 
 
-@app.command()
+bench_app = typer.Typer()
+app.add_typer(bench_app, name="bench")
+bench_app.command()(serving.serve)
+
+
+@bench_app.callback(invoke_without_command=True)
 def bench(
+    ctx: typer.Context,
     config: Annotated[str, typer.Option(help="An embedded configuration, or the path of a config.json.")] = "llava-1.5-7b",
     layers: Annotated[int | None, typer.Option(help="Cut the decoder to this many layers. Default: all.")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="Budget. Repeatable. Default: 64 and 128.")] = None,
@@ -277,6 +283,8 @@ def bench(
     json_file: Annotated[str | None, typer.Option("--json", help="Write all figures to this file; - is stdout.")] = None,
 ) -> None:
     """Time strategies on a model with random weights: encoder, prefill, selection, cache, decode."""
+    if ctx.invoked_subcommand is not None:
+        return
     with mistakes():
         from vtprune import embedded
 

@@ -1,0 +1,202 @@
+"""A pruned server against an unpruned one, measured by vLLM's own benchmark client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vtprune import embedded
+from vtprune.vllm.launch import VLLM, Server, ServerError
+
+# of the embedded model, which lend a model with random weights its words; its picture placeholder is token 4
+WORDS = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the client sends.
+
+    Parameters:
+        requests: per concurrency; text_tokens, output_tokens: of each request; picture: (height, width) of its one picture.
+        seed: of pictures and words, which no two requests share.
+    """
+
+    requests: int = 32
+    text_tokens: int = 60
+    output_tokens: int = 16
+    picture: tuple[int, int] = (336, 336)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the client saw of one server at one concurrency; times in milliseconds.
+
+    Parameters:
+        server: what it prunes with, or "unpruned"; failed: requests without an answer.
+        per_second: requests answered per second; ttft_*: to the first token; tpot_*: per token after it.
+    """
+
+    server: str
+    concurrency: int
+    round: int
+    answered: int
+    failed: int
+    per_second: float
+    ttft_p50: float
+    ttft_p99: float
+    tpot_p50: float
+    tpot_p99: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def random_model(config: Path, layers: int | None, folder: Path) -> Path:
+    """A folder that `vllm serve --load-format dummy` takes: a LLaVA-1.5 configuration and the embedded model's tokenizer.
+
+    Parameters:
+        config: of a LLaVA-1.5-shaped model; layers: cut its decoder to so many.
+    """
+    shape = json.loads(config.read_text(encoding="utf-8"))
+    own = json.loads((embedded.tiny_model() / "config.json").read_text(encoding="utf-8"))
+    shape["image_token_index"] = own["image_token_index"]
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        shape["text_config"][name] = own["text_config"][name]
+    if layers is not None:
+        shape["text_config"]["num_hidden_layers"] = layers
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    for name in WORDS:
+        shutil.copy(embedded.tiny_model() / name, folder / name)
+    return folder
+
+
+def client(server: Server, name: str, tokenizer: str, load: Load, concurrency: int, at: int, folder: Path) -> Row:
+    """One run of `vllm bench serve`.
+
+    Parameters:
+        name: of the server, for the row; at: round, which gives its own pictures.
+    Raises:
+        ServerError: if the client fails.
+    """
+    height, width = load.picture
+    file = folder / f"{server.port}-{concurrency}-{at}.json"
+    options: dict[str, Any] = {
+        "backend": "openai-chat",
+        "endpoint": "/v1/chat/completions",
+        "base-url": server.url,
+        "model": server.model,
+        "tokenizer": tokenizer,
+        "dataset-name": "random-mm",
+        "num-prompts": load.requests,
+        "num-warmups": min(2, load.requests),
+        "max-concurrency": concurrency,
+        "random-input-len": load.text_tokens,
+        "random-output-len": load.output_tokens,
+        "random-mm-base-items-per-request": 1,
+        "random-mm-num-mm-items-range-ratio": 0,
+        "random-mm-limit-mm-per-prompt": '{"image": 1, "video": 0}',
+        "random-mm-bucket-config": f"{{({height}, {width}, 1): 1.0}}",
+        "seed": load.seed + 1000 * at + concurrency,
+        "percentile-metrics": "ttft,tpot",
+        "metric-percentiles": "50,99",
+        "result-dir": folder,
+        "result-filename": file.name,
+    }
+    command = [*VLLM, "bench", "serve", "--ignore-eos", "--save-result", "--disable-tqdm"]
+    command += [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not file.is_file():
+        raise ServerError(f"vllm bench serve failed. It printed last:\n{(done.stdout + done.stderr)[-4000:]}")
+    seen = json.loads(file.read_text(encoding="utf-8"))
+    return Row(
+        server=name,
+        concurrency=concurrency,
+        round=at,
+        answered=seen["completed"],
+        failed=load.requests - seen["completed"],
+        per_second=seen["request_throughput"],
+        **{f"{what}_{p}": seen[f"{p}_{what}_ms"] for what in ("ttft", "tpot") for p in ("p50", "p99")},
+    )
+
+
+def compare(
+    model: str,
+    settings: Mapping[str, Any],
+    levels: Sequence[int],
+    load: Load,
+    folder: Path,
+    options: Sequence[str] = (),
+    rounds: int = 1,
+    together: bool = False,
+    tokenizer: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Serve `model` unpruned and pruned, and measure both at each concurrency.
+
+    Parameters:
+        settings: vtprune's; levels: concurrencies; options: of `vllm serve` for both; folder: for logs and raw results.
+        together: start both servers first and let them take turns, which is fair on a noisy machine but needs memory for
+            two; otherwise one after the other.
+        tokenizer: folder of the model's, where `model` is not one; tell: called with what is going on.
+    Raises:
+        ServerError: if a server does not start or a client fails.
+    """
+    pruned = f"{settings['pruner']}, keep={settings['keep']}"
+    servers = [
+        (name, Server(model, folder / f"{log}.log", asked, options, environment))
+        for name, log, asked in (("unpruned", "unpruned", None), (pruned, "pruned", settings))
+    ]
+    rows: list[Row] = []
+
+    def run(name: str, server: Server, level: int, at: int) -> None:
+        tell(f"{name}: concurrency {level}, round {at + 1} of {rounds}")
+        rows.append(client(server, name, tokenizer or model, load, level, at, folder))
+
+    with ExitStack() as running:
+        if together:
+            for name, server in servers:
+                tell(f"{name}: starting")
+                running.enter_context(server).ready()
+            for at in range(rounds):
+                for level in levels:
+                    for name, server in servers:
+                        run(name, server, level, at)
+        else:
+            for name, server in servers:
+                tell(f"{name}: starting")
+                with server:
+                    server.ready()
+                    for at in range(rounds):
+                        for level in levels:
+                            run(name, server, level, at)
+    return rows
+
+
+def predicted(config: Mapping[str, Any], load: Load, keep: int, tokens: int, encoder_saves: float = 0.0) -> float:
+    """Speed-up by the FLOPs of the linear layers alone: encoder, prefill and decode of one request, unpruned over pruned.
+
+    Parameters:
+        config: of a LLaVA-1.5-shaped model, as in config.json; keep: of its `tokens` visual tokens.
+        encoder_saves: share of the vision encoder's work that the strategy saves.
+    """
+    vision, text = config["vision_config"], config["text_config"]
+
+    def layer(c: Mapping[str, Any], matrices: int) -> int:
+        width, inner = c["hidden_size"], c["intermediate_size"]
+        head = c.get("head_dim") or width // c["num_attention_heads"]
+        queries, keys = head * c["num_attention_heads"], head * c.get("num_key_value_heads", c["num_attention_heads"])
+        return 2 * (2 * width * queries + 2 * width * keys + matrices * width * inner)
+
+    encoder = vision["num_hidden_layers"] * layer(vision, 2) * tokens
+    decoder = text["num_hidden_layers"] * layer(text, 3)
+    rest = load.text_tokens + load.output_tokens
+    return (encoder + decoder * (tokens + rest)) / (encoder * (1 - encoder_saves) + decoder * (keep + rest))
