@@ -726,6 +726,7 @@ def test_pages_hold_what_they_should_and_escape_what_is_not_theirs(tmp_path):
 
 
 def test_the_table_goes_between_its_marks(tmp_path):
+    pytest.importorskip("matplotlib")
     from vtprune.sweep import pages
 
     folder = saved(tmp_path, record(("m", "none", None), {"a": 0.9}), record(("m", "flowcut", 64), {"a": 0.45}))
@@ -944,6 +945,8 @@ def _is_guard(process: Path, mark: str) -> bool:
 @pytest.mark.slow
 def test_the_command_says_what_failed_and_that_nothing_is_left(tmp_path, fake):
     """The command itself, with a Ray of its own: `python -m lmms_eval` is the stand-in by a package of that name."""
+    pytest.importorskip("ray")
+    pytest.importorskip("pyarrow")
     command, how = fake
     package = tmp_path / "lmms_eval"
     package.mkdir()
