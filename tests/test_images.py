@@ -168,3 +168,15 @@ def test_tiny_and_thin(tmp_path):
     Image.new("RGB", (1, MAX_ASPECT + 1), "red").save(tmp_path / "c.png")
     with pytest.raises(ImageError, match="long side"):
         open_image(tmp_path / "c.png")
+
+
+def test_cut_files_are_refused_whatever_other_libraries_set(tmp_path, monkeypatch):
+    from PIL import ImageFile
+
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    path = tmp_path / "cut.png"
+    Image.effect_noise((200, 200), 50).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ImageError, match="cut short"):
+        open_image(path)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES

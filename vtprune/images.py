@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import struct
+import threading
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from vtprune.pruner import VtpruneError
 
@@ -17,6 +20,7 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 100
 # no EPS or PDF (they start other programs), no scientific containers
 FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "ICO", "TGA")
+_LOCK = threading.Lock()
 # EXIF orientation -> what makes it upright
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -96,7 +100,8 @@ def open_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             try:
-                image.load()
+                with _no_gaps():
+                    image.load()
                 # a file may hold another size than its header promised
                 _check_size(name, *image.size)
                 rgb = _to_rgb(image)
@@ -106,6 +111,17 @@ def open_image(path: str | Path) -> Image.Image:
                 raise ImageError(f"{name!r} is broken or cut short: its pixels cannot be decoded.") from error
         turn = _TURNS.get(_orientation(image, name))
         return rgb if turn is None else rgb.transpose(turn)
+
+
+@contextmanager
+def _no_gaps() -> Iterator[None]:
+    """Cut-short files raise, also where another library (lmms-eval is one) has told Pillow to fill them with grey."""
+    with _LOCK:
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _check_size(name: str, width: int, height: int) -> None:
