@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vtprune.engine.cache import cache_bytes
 from vtprune.engine.decoding import Pass
-from vtprune.families.base import Layout
 from vtprune.measure.flops import stack_flops
 from vtprune.pruner import NothingPrunedError
 from vtprune.reporting import Report, SampleReport
@@ -37,7 +36,7 @@ def report_of(run: Pass) -> Report | None:
                 merged=item.merged,
                 foreign=sorted(item.foreign),
                 images=list(item.sizes),
-                grids=[_grid(grid, run.records[i].layout) for i in images],
+                grids=[grid(run.records[i].layout) for i in images],
                 slots=_slots(run, images),
                 frames=[run.records[i].layout.frames for i in images],
                 plans=[run.image_items[i].plan for i in images],
@@ -65,10 +64,6 @@ def report_of(run: Pass) -> Report | None:
         clock=run.clock,
         notes=notes,
     )
-
-
-def _grid(grid, layout: Layout) -> tuple[int, int] | None:
-    return layout.grid if layout.frames > 1 else grid(layout)
 
 
 def _slots(run: Pass, images: list[int]) -> Tensor | None:

@@ -333,11 +333,6 @@ class Pass:
                     flat[here], visual[here], moved[here] = flat[there], visual[there], moved[there]
         return embeds
 
-    def _grid(self, record: ImageTokens) -> tuple[int, int] | None:
-        """Of a picture, or of one frame of a video."""
-        layout = record.layout
-        return layout.grid if layout.frames > 1 else self.plan.site.grid(layout)
-
     def _select(self, items: list[Item], records: list[ImageTokens], where: Tensor, starts: Tensor, embeds: Tensor) -> None:
         strategy = self.plan.pruner.part("select")
         first = {image: at for images in self.images for at, image in enumerate(images)}
@@ -354,9 +349,10 @@ class Pass:
         row_of = {image: row for row, images in enumerate(self.images) for image in images}
         flat = embeds.reshape(-1, embeds.shape[-1])
         slots = where[:, 0] * embeds.shape[1] + where[:, 1]
+        grid = self.plan.site.grid
         units = self._units(strategy, records)
         asked = [items[unit[0]] if len(unit) == 1 else self._join([items[i] for i in unit]) for unit in units]
-        shapes = [(len(unit), records[unit[0]].layout.frames, self._grid(records[unit[0]])) for unit in units]
+        shapes = [(len(unit), records[unit[0]].layout.frames, grid(records[unit[0]].layout)) for unit in units]
         for group in groups([(len(item.index), item.sizes, shape) for item, shape in zip(asked, shapes, strict=True)]):
             members, images = [asked[u] for u in group], [units[u] for u in group]
             heads = [unit[0] for unit in images]
@@ -369,12 +365,12 @@ class Pass:
                 carry=stack_carry(members),
                 notes=self.notes,
                 features=flat[slots[index + begin[:, None]]],
-                grid=self._grid(records[heads[0]]),
+                grid=grid(records[heads[0]].layout),
                 frames=max(len(images[0]), records[heads[0]].layout.frames),
                 ordinal=torch.tensor([first[i] for i in heads]),
                 text=[text(row_of[i])[0] for i in heads],
                 ids=[text(row_of[i])[1] for i in heads],
-                videos=[video for video in map(lambda unit: _frames([records[i] for i in unit]), images) if video is not None],
+                videos=_videos([[records[i] for i in unit] for unit in images]),
             )
             with self.aside():
                 keep = strategy.select(view)
@@ -392,18 +388,13 @@ class Pass:
     def _units(self, strategy: Pruner, records: list[ImageTokens]) -> list[list[int]]:
         """Images that `select` is asked about together: each by itself, but for strategies that compare a video's frames,
         which take several pictures of one size in a prompt as frames."""
-        units = [[image] for images in self.images for image in images]
-        if strategy.modality != "video":
-            return units
-        units = []
+        units: list[list[int]] = []
         for images in self.images:
             layouts = [records[i].layout for i in images]
-            alike = {
-                (layout.size, layout.tiles, layout.frames, self._grid(records[i]))
-                for i, layout in zip(images, layouts, strict=True)
-            }
-            together = len(images) > 1 and len(alike) == 1 and layouts[0].frames == layouts[0].tiles == 1
-            units += [list(images)] if together else [[image] for image in images]
+            pictures = all(layout.frames == layout.tiles == 1 for layout in layouts)
+            alike = len({(layout.size, self.plan.site.grid(layout)) for layout in layouts}) == 1
+            together = strategy.modality == "video" and len(images) > 1 and pictures and alike
+            units += [images] if together else [[image] for image in images]
         return units
 
     # ------------------------------------------------------------------ between layers
@@ -717,13 +708,17 @@ class Pass:
         return numbers[row, : counts[row]]
 
 
-def _frames(records: list[ImageTokens]) -> Frames | None:
-    """A video before pooling, or several pictures that stand for one; None where it is not known."""
-    if len(records) == 1:
-        return records[0].frames
-    found = [record.picture for record in records]
-    if any(picture is None for picture in found):
-        return None
-    known = len({None if picture.pixels is None else picture.pixels.shape for picture in found}) == 1
-    pixels = torch.cat([picture.pixels for picture in found]) if known and found[0].pixels is not None else None
-    return replace(found[0], features=torch.cat([picture.features for picture in found]), pixels=pixels)
+def _videos(units: list[list[ImageTokens]]) -> list[Frames]:
+    """Videos before pooling, or several pictures that stand for one; those that are not known are left out."""
+    found = []
+    for unit in units:
+        parts = [unit[0].frames] if len(unit) == 1 else [record.picture for record in unit]
+        if any(part is None for part in parts):
+            continue
+        if len(parts) == 1:
+            found.append(parts[0])
+            continue
+        shapes = {None if part.pixels is None else part.pixels.shape for part in parts}
+        pixels = torch.cat([part.pixels for part in parts]) if len(shapes) == 1 and None not in shapes else None
+        found.append(replace(parts[0], features=torch.cat([part.features for part in parts]), pixels=pixels))
+    return found

@@ -256,11 +256,10 @@ class Site:
         return layer if layer >= 0 else len(self.encoder_layers) + 1 + layer
 
     def grid(self, tokens: int | Layout) -> tuple[int, int] | None:
-        """(rows, columns) of an image of so many visual tokens or of this layout, or None if it is no one grid."""
+        """(rows, columns) of an image of so many visual tokens or of this layout (of a video, one frame), or None if it is no
+        one grid."""
         if isinstance(tokens, Layout):
-            if tokens.frames > 1:
-                return None
-            if tokens.tiles > 1 or tokens.grid is not None:
+            if tokens.frames > 1 or tokens.tiles > 1 or tokens.grid is not None:
                 return tokens.grid
             tokens = tokens.size
         side = math.isqrt(tokens)

@@ -112,8 +112,7 @@ class QuoTA(Pruner):
             raise UnsupportedError("scores= are of one video, and several were given: give a scorer, or one video at a time.")
         if view.target(self.keep) >= view.tokens:
             return None
-        words = [normalize(text.float(), dim=-1) for text in view.text]
-        each = [self._video(view, at, video, words[at]) for at, video in enumerate(view.videos)]
+        each = [self._video(view, at, video) for at, video in enumerate(view.videos)]
         return Keep(
             [keep.indices for keep in each],
             None if self.within is not None else [keep.hidden for keep in each],
@@ -122,9 +121,9 @@ class QuoTA(Pruner):
             plans=[keep.plans for keep in each],
         )
 
-    def _video(self, view: SelectView, at: int, video: Frames, words: Tensor) -> Keep:
+    def _video(self, view: SelectView, at: int, video: Frames) -> Keep:
         """`Keep` of one video, each field without its batch dimension."""
-        scores = check_scores(self._scores(video, view.ids[at], words), len(video.features))
+        scores = check_scores(self._scores(video, view.ids[at], view.text[at]), len(video.features))
         native = video.grid if self.within is None else view.grid
         # of each frame the first of its kind; a model may merge frames in time
         source = None if self.parity else _firsts(video)
@@ -148,7 +147,7 @@ class QuoTA(Pruner):
         hidden = packed.tokens if video.project is None else video.project(packed.tokens)
         return _reported(Keep(slots, hidden, into, foreign=slots[~own]), divided, scores, self.reducer in ("bilinear", "pool"))
 
-    def _scores(self, video: Frames, ids: Tensor, words: Tensor) -> Tensor | Sequence[float]:
+    def _scores(self, video: Frames, ids: Tensor, text: Tensor) -> Tensor | Sequence[float]:
         scores = self.scores
         if self.scorer is not None:
             if video.pixels is None or not len(ids):
@@ -157,7 +156,7 @@ class QuoTA(Pruner):
                 )
             scores = self.scorer(video.pixels, ids)
         if scores is None:
-            return _likeness(video, words)
+            return _likeness(video, text)
         # as many as frames went in, or one for each pair that the model merged
         fed = len(video.features) if video.pixels is None else len(video.pixels)
         if len(scores) == len(video.features) != fed:
@@ -190,11 +189,12 @@ class QuoTA(Pruner):
         return torch.cat(picked).sort().values
 
 
-def _likeness(video: Frames, words: Tensor) -> Tensor:
-    """[T] in [0, 1]: how much more than in other frames some word [W, D] is to be found in some token of a frame."""
+def _likeness(video: Frames, text: Tensor) -> Tensor:
+    """[T] in [0, 1]: how much more than in other frames some word of the text [W, D] is found in a token of a frame."""
     frames = video.features if video.project is None else torch.stack([video.project(frame) for frame in video.features])
-    if not len(words):
+    if not len(text):
         return torch.ones(len(frames))
+    words = normalize(text.float(), dim=-1)
     found = torch.stack([(normalize(frame.float(), dim=-1) @ words.T).amax(0) for frame in frames])
     return relevance(found - found.median(0).values, mapping="minmax")
 
