@@ -356,7 +356,7 @@ def hits(folder: Path) -> dict[tuple[str, int], float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [None, "flowcut"])
+@pytest.mark.parametrize("name", [None, "flowcut", "divprune", "visionzip"])
 def test_lmms_eval_gives_the_leaderboards_accuracy(made, tmp_path, name):
     bare, processor = load(CHECKPOINT)
     right: dict[str, list[bool]] = {}
