@@ -95,9 +95,9 @@ class Needs:
     """What a stage needs from the attention of one layer; nothing else is computed.
 
     Parameters:
-        queries: whose attention rows to compute. Encoder: "cls" (the class token) or "mean" (the mean query over
-            patches, for encoders without a class token). Decoder: "last" (the last prompt token) or "text" (every text
-            token after the first visual token). None: no rows.
+        queries: whose attention rows to compute. Encoder: "cls" (the class token), or without one "mean" (the mean query
+            over patches) or "patches" (all patches' rows, averaged: the attention that each patch receives). Decoder:
+            "last" (the last prompt token) or "text" (every text token after the first visual token). None: no rows.
         keys: also hand over the visual tokens' keys.
         values: also hand over the visual tokens' values and those of the query tokens.
         hidden: `prefill` only, also hand over the visual tokens' hidden states (a gather; patches come for free).
@@ -123,16 +123,25 @@ class Encoder:
         depth: number of blocks that feed the projector; the feature block is depth - 1.
         blocks: number of blocks that run; those from `depth` on may be watched, but nothing can be dropped after them.
         cls: whether there is a class token.
+        cell: patches that are joined to one visual token behind the last block; 1 where each is one.
+        windowed: blocks whose attention stays within windows of a picture, so that no row spans it.
     """
 
     depth: int
     blocks: int
     cls: bool
+    cell: int = 1
+    windowed: frozenset[int] = frozenset()
 
     @property
     def last(self) -> int:
         """The encoder's last block, one after the feature block in LLaVA."""
         return self.blocks - 1
+
+    @property
+    def whole(self) -> list[int]:
+        """The blocks that feed the projector and attend over the whole picture."""
+        return [block for block in range(self.depth) if block not in self.windowed]
 
 
 @dataclass(frozen=True)
@@ -296,13 +305,19 @@ class ShrinkView(View):
 class EncodeView(View):
     """After vision-encoder block `layer`.
 
+    Where `cell` patches are joined to one visual token, the view's N tokens are patches, numbered cell by cell (patch p is
+    of cell p // cell), while `sizes`, `total` and `target` count visual tokens; the patches that are left are joined in
+    order, `cell` at a time.
+
     Parameters:
         layer: 0-based index of the block; depth: number of blocks that feed the projector (the feature block is
             depth - 1; from `depth` on the model uses nothing, so `encode` may look and carry, not drop).
         hidden: [B, N, C] the block's output for the patches, in the model's dtype.
         special: [B, S, C] the block's output for the tokens before the patches (the class token), S may be 0.
         rows: attention rows of this block as asked for (over the patches present in it), or None.
-        grid: (rows, columns) of the unpruned patch grid, or None if it has none.
+        grid: (rows, columns) of the unpruned patches, or cells of them; None if they have none.
+        cell: patches that make one visual token.
+        remaining: blocks still to come after which the stage runs and may drop.
     """
 
     layer: int = 0
@@ -311,6 +326,8 @@ class EncodeView(View):
     special: Tensor = None  # type: ignore[assignment]
     rows: Rows | None = None
     grid: tuple[int, int] | None = None
+    cell: int = 1
+    remaining: int = 0
 
 
 @dataclass
@@ -416,6 +433,9 @@ class Pruner:
         reads: what it reads besides attention rows, in words, for `vtprune list`.
         modality: "video" if it serves videos alone, "any" otherwise.
         reads_frames: whether `select` wants videos as they are before the model pools them (`SelectView.videos`).
+        cells: whether `encode` can choose among patches of which several make one visual token (`EncodeView.cell`).
+        separators: whether the model's separators of rows (newlines of tiled pictures) stay in a picture that loses
+            tokens before the decoder; a property where a field decides.
     """
 
     name: ClassVar[str] = ""
@@ -425,6 +445,8 @@ class Pruner:
     reads: ClassVar[tuple[str, ...]] = ()
     modality: ClassVar[str] = "any"
     reads_frames: ClassVar[bool] = False
+    cells: ClassVar[bool] = False
+    separators: ClassVar[bool] = True
 
     keep: Budget | None
 
@@ -543,6 +565,7 @@ class Only(Pruner):
             raise ValueError(f"{pruner.name} has the stages {pruner.stages()}; only({', '.join(map(repr, stages))}) is none.")
         self.pruner, self._stages, self.keep = pruner, stages, pruner.keep
         self.name, self.positions, self.requires = pruner.name, pruner.positions, pruner.requires  # type: ignore[misc]
+        self.separators = pruner.separators  # type: ignore[misc]
 
     def stages(self) -> tuple[str, ...]:
         return tuple(s for s in STAGES if s in self._stages)
@@ -595,6 +618,7 @@ class Pipeline(Pruner):
         self._owner = owner
         self.positions = "compact" if any(p.positions == "compact" for p in self.parts) else "original"  # type: ignore[misc]
         self.requires = frozenset().union(*(p.requires for p in self.parts))  # type: ignore[misc]
+        self.separators = all(p.separators for p in self.parts)  # type: ignore[misc]
 
     def stages(self) -> tuple[str, ...]:
         return tuple(s for s in STAGES if s in self._owner)

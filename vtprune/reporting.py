@@ -34,7 +34,8 @@ class SampleReport:
         frames: of each image, 1; of a video, its frames.
         plans: of each image, None; of a video, what each frame got, if the strategy divided its budget over frames.
         slots: which of the sample's image placeholders in the prompt its visual tokens are, where some separate rows
-            (newline embeddings of tiled pictures, which always stay); None where all are visual.
+            (newline embeddings of tiled pictures); None where all are visual.
+        separators: of these placeholders, the separators that left before the decoder, as some strategies want them to.
         foreign: kept indices whose vector stands for something else, such as the class token in a dropped patch's place.
         images: tokens of each image before pruning, in order; an image's tokens are numbered after its predecessors'.
         grids: (rows, columns) of each image's tokens, of a video one frame's, or None where they form no grid.
@@ -50,6 +51,7 @@ class SampleReport:
     grids: list[tuple[int, int] | None] = field(default_factory=list)
     foreign: list[int] = field(default_factory=list)
     slots: Tensor | None = None
+    separators: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
     plans: list[FramePlan | None] = field(default_factory=list)
 
@@ -195,6 +197,7 @@ class Report:
                     "frames": list(s.frames),
                     "plans": [None if plan is None else asdict(plan) for plan in s.plans],
                     "slots": None if s.slots is None else s.slots.tolist(),
+                    "separators": list(s.separators),
                 }
                 for s in self.samples
             ],

@@ -15,6 +15,7 @@ _ENCODER = Encoder(depth=23, blocks=24, cls=True)
 _WORDS = {
     "cls": "CLS attention",
     "mean": "mean patch attention",
+    "patches": "attention received by patches",
     "last": "last-token attention",
     "text": "text attention",
 }

@@ -38,6 +38,7 @@ def report_of(run: Pass) -> Report | None:
                 images=list(item.sizes),
                 grids=[grid(run.records[i].layout) for i in images],
                 slots=_slots(run, images),
+                separators=_separators(run, row),
                 frames=[run.records[i].layout.frames for i in images],
                 plans=[run.image_items[i].plan for i in images],
             )
@@ -76,6 +77,11 @@ def _slots(run: Pass, images: list[int]) -> Tensor | None:
         slots.append(layout.slots(run.stream.index.device) + start)
         start += layout.placeholders
     return torch.cat(slots)
+
+
+def _separators(run: Pass, row: int) -> list[int]:
+    """Which of a sample's image placeholders are separators that left."""
+    return [] if run.bare is None else run.bare[row][run.placeholders[row]].nonzero()[:, 0].tolist()
 
 
 def _distinct_rows(run: Pass) -> list[int]:
@@ -132,7 +138,7 @@ def _check_pruned(run: Pass, samples: list[SampleReport]) -> list[str]:
         if min(len(t) for t in [*sample.layers, *sample.cached]) < sample.visual_tokens:
             continue
         if not pruner.promises_to_prune(sizes):
-            notes = [f"{pruner.name}: of at least one sample nothing was dropped, as nothing fell below its thresholds."]
+            notes = [f"{pruner.name}: of at least one sample nothing was dropped, as its settings let everything pass."]
             continue
         hint = (
             ""
@@ -160,7 +166,7 @@ def _flops(run: Pass) -> tuple[int, int]:
         if not encoding.lengths:
             continue  # the user's tower answered without running its blocks
         flops += stack_flops(encoder, [[(n, n) for n in lengths] for lengths in encoding.lengths])
-        full += stack_flops(encoder, [[(encoding.sequence,) * 2] * max(1, len(encoding.items))] * len(encoder))
+        full += stack_flops(encoder, [[(n, n) for n in lengths] for lengths in encoding.unpruned()])
     unique = {id(r): r for r in run.records}.values()
     flops += projector * sum(len(r.item.index) for r in unique)
     full += projector * sum(r.size for r in unique)
@@ -174,4 +180,6 @@ def _fed_tokens(run: Pass) -> list[int]:
         for row in range(len(run.items))
     ]
     lost = [sum(item.sizes) - len(run.computed(row, 0)) for row, item in enumerate(run.items)]
+    if run.bare is not None:
+        lost = [n + more for n, more in zip(lost, run.bare.sum(1).tolist(), strict=True)]
     return [k + n for k, n in zip(kept, lost, strict=True)]

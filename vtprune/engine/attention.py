@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from vtprune.families.base import Site
 from vtprune.pruner import Needs, Rows, UnsupportedError
 
 NAME = "vtprune_rows"
+CHUNK = 128  # rows of an attention map that are held at once, where all of them are wanted
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Request:
 
     Parameters:
         needs: the strategy's declaration.
-        rows: LongTensor [B, R] into the queries of this call, or None for the mean over all of them.
+        rows: LongTensor [B, R] into the queries of this call, or None for a mean over those of the columns.
         rows_valid: bool [B, R]; columns: LongTensor [B, N] into the keys.
         keys_valid: bool [B, S] over the keys, or None if all are real.
         offset: keys that precede the first query for causal attention; None for bidirectional attention.
@@ -117,15 +118,17 @@ def attention_rows(query: Tensor, key: Tensor, value: Tensor, scaling: float, re
         query: [B, H, L, d]; key, value: [B, Hkv, S, d], after position embedding, cached keys first.
     """
     batch, heads, _, width = query.shape
-    if request.rows is None:
-        rows = _rows(query.float().mean(2, keepdim=True), key, scaling, request)
+    if request.needs.queries == "patches":
+        rows = _received(query, key, scaling, request)
+    elif request.rows is None:
+        rows = _rows(_mean(query, request), key, scaling, request)
     else:
         q = query.gather(2, request.rows[:, None, :, None].expand(batch, heads, -1, width)).float()
         rows = _rows(q, key, scaling, request)
     if request.needs.values:
         rows.values = _columns(value, request)
         if request.rows is None:
-            rows.query_values = value.float().mean(2, keepdim=True)
+            rows.query_values = _mean(value, request)
         else:
             # in self-attention the queries are the last keys
             at = request.rows + (key.shape[2] - query.shape[2])
@@ -136,6 +139,34 @@ def attention_rows(query: Tensor, key: Tensor, value: Tensor, scaling: float, re
 def _columns(t: Tensor, request: Request) -> Tensor:
     """[B, Hkv, N, d] fp32: the requested keys of `t` [B, Hkv, S, d]."""
     return t.gather(2, request.columns[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])).float()
+
+
+def _real(request: Request) -> Tensor:
+    """bool [B, N], which of the columns do not only pad the batch."""
+    if request.keys_valid is None:
+        return torch.ones_like(request.columns, dtype=torch.bool)
+    return request.keys_valid.gather(1, request.columns)
+
+
+def _mean(t: Tensor, request: Request) -> Tensor:
+    """[B, Hkv, 1, d] fp32: the mean of `t` [B, Hkv, S, d] over the requested columns, of which padding is none."""
+    real = _real(request)[:, None, :, None]
+    return (_columns(t, request) * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
+
+
+def _received(query: Tensor, key: Tensor, scaling: float, request: Request) -> Rows:
+    """One row per head: what each column gets of the others' attention, averaged; a few rows of the map at a time."""
+    queries, real, total = _columns(query, request), _real(request), 0
+    for at in range(0, queries.shape[2], CHUNK):
+        mine = slice(at, at + CHUNK)
+        part = replace(request, rows=request.columns[:, mine], rows_valid=real[:, mine])
+        total = total + _rows(queries[:, :, mine], key, scaling, part).attention().sum(2, keepdim=True)
+    mean = total / real.sum(1)[:, None, None, None]
+    one = torch.ones(len(real), 1, dtype=torch.bool, device=real.device)
+    rows = Rows(mean.log(), torch.zeros_like(mean[..., 0]), one)
+    if request.needs.keys:
+        rows.keys = _columns(key, request)
+    return rows
 
 
 def _rows(q: Tensor, key: Tensor, scaling: float, request: Request) -> Rows:

@@ -121,6 +121,7 @@ class Pass:
         self.fed_valid: Tensor | None = None
         self.logical: Tensor | None = None
         self.replays: list[Decision | None] | None = None
+        self.bare: Tensor | None = None  # bool [B, L], separators that left with their image's tokens
         self.evicted: dict[int, Tensor] = {}
         self.notes: list[str] = []
         self.cutting: set[int] = set()
@@ -252,6 +253,9 @@ class Pass:
             alive = torch.zeros(total, dtype=torch.bool, device=embeds.device)
             alive[torch.cat([item.index + start for item, start in zip(items, starts.tolist(), strict=False)])] = True
             lost = is_visual.masked_scatter(is_visual, ~alive)
+            if not self.plan.pruner.separators:
+                self.bare = self._bare(items, records) & ~is_visual
+                lost = lost | self.bare
             self.stream, gather = self.stream.drop(lost)
             kwargs = {
                 **kwargs,
@@ -267,6 +271,15 @@ class Pass:
             if decision is not None:
                 item.merged, item.foreign = decision.merged, decision.foreign
         return kwargs
+
+    def _bare(self, items: list[Item], records: list[ImageTokens]) -> Tensor:
+        """bool [B, L], placeholders of tiled images that have lost tokens."""
+        some = [
+            len(item.index) < item.sizes[0] and record.layout.tiles > 1 for item, record in zip(items, records, strict=True)
+        ]
+        fed = torch.tensor([record.layout.placeholders for record in records])
+        marks = torch.tensor(some).repeat_interleave(fed).to(self.placeholders.device)
+        return self.placeholders.masked_scatter(self.placeholders, marks)
 
     def _cutting_layers(self) -> set[int]:
         """Layers before which `prefill` is to be asked in this pass."""

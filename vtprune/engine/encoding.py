@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ class Encoding:
         self.unpooled: Tensor | None = None  # what went into the pooling of a video's frames
         self.notes: list[str] = []
         self.items: list[Item] = []
+        self.tokens: list[Item] | None = None  # where patches are joined behind the last block: what became of them
         self.sequence = 0
         self.lengths: list[list[int]] = []
         self._rows: Rows | None = None
@@ -114,6 +116,10 @@ class Encoding:
         if [layout.tiles for layout in layouts] != [len(f) for f in arguments["image_features"]]:
             raise VtpruneError("the model packed other tiles than it was expected to.")
         return packing(**arguments)
+
+    def unpruned(self) -> list[list[int]]:
+        """What each block that ran would have run on, had nothing left: `lengths` at full size."""
+        return [[self.sequence] * max(1, len(self.items))] * len(self.lengths)
 
     def count(self, tokens: int) -> None:
         """Note what a block of a sealed encoder runs on: all pictures' patches in one sequence."""
@@ -176,12 +182,12 @@ class Encoding:
 
     def _choose(self, block: int, hidden: Tensor, rows: Rows | None) -> list[Choice] | None:
         """The strategy's choice for every image, or None if nothing changes."""
-        counts, special = self.counts, self.special
+        counts = self.counts
         chosen: list[Choice | None] = [None] * len(counts)
         parts = self.parts or [(0, 1)] * len(counts)
-        for group in groups(list(zip(counts, parts, strict=True))):
+        remaining = sum(block < later < self.depth for later in self.needs)
+        for group in groups([(n, part, self._shape(i)) for i, (n, part) in enumerate(zip(counts, parts, strict=True))]):
             n, items = counts[group[0]], [self.items[i] for i in group]
-            mine = hidden if len(group) == len(counts) else hidden[group]
             view = EncodeView(
                 index=torch.stack([item.index for item in items]),
                 sizes=items[0].sizes,
@@ -190,10 +196,8 @@ class Encoding:
                 part=parts[group[0]],
                 layer=block,
                 depth=self.depth,
-                hidden=mine[:, special : special + n],
-                special=mine[:, :special],
-                rows=slice_rows(rows, group, n),
-                grid=self.grid(items[0].sizes[0]) if self.start is None else self.start.grid,
+                remaining=remaining,
+                **self._shown(group, n, hidden, rows),
             )
             keep = self.pruner.encode(view)
             unstack_carry(items, view.carry)
@@ -215,6 +219,20 @@ class Encoding:
             Choice(torch.arange(n, device=hidden.device)) if choice is None else choice
             for choice, n in zip(chosen, counts, strict=True)
         ]
+
+    def _shape(self, item: int) -> Any:
+        """What images of a view have in common besides their count."""
+        return self.items[item].sizes
+
+    def _shown(self, group: list[int], n: int, hidden: Tensor, rows: Rows | None) -> dict[str, Any]:
+        """What a view shows of the images in `group`, which have `n` patches each."""
+        mine = hidden if len(group) == len(self.items) else hidden[group]
+        return {
+            "hidden": mine[:, self.special : self.special + n],
+            "special": mine[:, : self.special],
+            "rows": slice_rows(rows, group, n),
+            "grid": self.grid(self.items[group[0]].sizes[0]) if self.start is None else self.start.grid,
+        }
 
     def _gather(self, hidden: Tensor, chosen: list[Choice]) -> Tensor:
         kept = [choice.kept for choice in chosen]
@@ -276,12 +294,14 @@ def attach_records(features: list[Tensor], encoding: Encoding, owner: object) ->
     """Projected features at full length (dropped rows zero, to match the placeholders), each with its record."""
     result = []
     cut = encoding.pruner is not None or encoding.start is not None
-    tiles = encoding.tile_items() if cut and encoding.layouts is not None else None
+    tiles = encoding.tile_items() if cut and encoding.layouts is not None and encoding.tokens is None else None
     for at, feature in enumerate(features):
         layout, full = Layout(len(feature)), feature
         if encoding.layouts is not None:
             layout = encoding.layouts[at]
-        if not cut:
+        if encoding.tokens is not None:
+            item = encoding.tokens[at]
+        elif not cut:
             item = Item(torch.arange(layout.size, device=feature.device), (layout.size,))
         elif tiles is not None:
             item = join_tiles(tiles[at], layout)

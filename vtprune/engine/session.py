@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from vtprune.engine.decoding import Pass, Plan
 from vtprune.engine.encoding import Encoding, Start, attach_records, new_clock
 from vtprune.engine.identity import identify
 from vtprune.engine.intake import PIXELS, Call, pixels_of
+from vtprune.engine.packed import PackedEncoding
 from vtprune.families import locate
 from vtprune.measure.clock import NoClock
 from vtprune.pruner import BudgetError, Encoder, Pipeline, Pruner, ShrinkView, UnsupportedError, VtpruneError
@@ -72,22 +74,27 @@ class Session:
         if part["shrink"]:
             self.site.check_resizable()
         self.encoder: Pruner | None = None
+        tower = self.site.tower
         self.encode_needs, self.encode_depth = {}, 0
         if part["encode"]:
             blocks, sealed = len(self.site.encoder_layers), self.site.family.sealed
             self.encode_depth = blocks if sealed else self.site.feature_depth(None)
             # a class token that strategies cannot get at is none
             encoder = Encoder(self.encode_depth, blocks, not sealed and "cls" in self.site.capabilities())
+            if tower is not None:
+                encoder = replace(encoder, cell=tower.cell, windowed=tower.windowed)
             self.encode_needs = dict(part["encode"].encode_needs(encoder))
-            if sealed and self.encode_needs:
+            if sealed and self.encode_needs and not (tower is not None and part["encode"].cells):
+                allows = "does not allow" if tower is None else "allows only where a strategy reckons with its cells of patches"
                 raise UnsupportedError(
-                    f"{part['encode'].name} works inside the vision encoder, which {self.site.family.name} does not allow: "
+                    f"{part['encode'].name} works inside the vision encoder, which {self.site.family.name} {allows}: "
                     f"{sealed}. Use a strategy of another stage."
                 )
             self._check_layers(self.encode_needs, 0, blocks, "encode")
+            self._check_rows(part["encode"].name, encoder)
         if self.encode_needs:
             self.encoder = part["encode"]
-        if self.encode_needs or part["shrink"]:
+        if (self.encode_needs and tower is None) or part["shrink"]:
             self.site.special_tokens()
         self.plan = Plan(
             pruner,
@@ -161,8 +168,10 @@ class Session:
                 self._undo.append(attach_tap(layer.self_attn, functools.partial(self._decoder_requests, at)))
         for at, block in enumerate(self.site.video_layers):
             self._hook(block.register_forward_pre_hook, functools.partial(self._before_block, at), with_kwargs=True)
+        if self.site.tower is not None:
+            self._hook(self.site.projector.register_forward_hook, self._after_joining)
         for at, block in enumerate(self.site.encoder_layers):
-            if self.site.family.sealed:
+            if self.site.family.sealed and self.site.tower is None:
                 self._hook(block.register_forward_pre_hook, self._count_block, with_kwargs=True)
                 continue
             self._hook(block.register_forward_pre_hook, functools.partial(self._before_block, at), with_kwargs=True)
@@ -171,7 +180,8 @@ class Session:
                 # before transformers' own recording hooks, so that recorded features are the shortened ones
                 self._hook(block.register_forward_hook, functools.partial(self._after_block, at), prepend=True)
                 if need.queries is not None:
-                    self._undo.append(attach_tap(block.self_attn, functools.partial(self._encoder_requests, at)))
+                    attention = getattr(block, self.site.family.attention)
+                    self._undo.append(attach_tap(attention, functools.partial(self._encoder_requests, at)))
 
     def _hook(self, register: Callable, hook: Callable, **options) -> None:
         @functools.wraps(hook)
@@ -238,6 +248,18 @@ class Session:
         if outside:
             raise BudgetError(f"the {stage} stage was asked to run at layers {outside}; this model has {low} .. {high - 1}.")
 
+    def _check_rows(self, name: str, encoder: Encoder) -> None:
+        """Refuse rows that blocks of this encoder do not have.
+
+        Raises:
+            VtpruneError: naming the strategy, whose declaration does not fit the encoder that it was shown.
+        """
+        for block, need in self.encode_needs.items():
+            if need.queries == "cls" and not encoder.cls:
+                raise VtpruneError(f"{name} asked for rows of the class token, and this vision encoder has none.")
+            if need.queries is not None and block in encoder.windowed:
+                raise VtpruneError(f"{name} asked for rows of block {block}, which attends within windows only.")
+
     # ------------------------------------------------------------------ the vision encoder
 
     def _encode(self, original: Callable, args: tuple, kwargs: dict):
@@ -245,7 +267,8 @@ class Session:
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         pruner = self.encoder
-        if pruner is not None and self.site.feature_depth(given.get("vision_feature_layer")) != self.encode_depth:
+        tower, depth = self.site.tower, self.encode_depth
+        if pruner is not None and tower is None and self.site.feature_depth(given.get("vision_feature_layer")) != depth:
             raise UnsupportedError(
                 f"vision_feature_layer={given['vision_feature_layer']} differs from the model's configuration, which the "
                 f"strategy was prepared for. Set it in the config before wrapping."
@@ -257,17 +280,20 @@ class Session:
             with clock.span("selection"):
                 given, start, notes = self._shrink(given)
             args, kwargs = (), {name: value for name, value in given.items() if name != "kwargs"}
-        encoding = Encoding(
-            pruner,
-            self.encode_needs,
-            self.encode_depth,
-            self.site.special_tokens() if pruner is not None or start is not None else 0,
-            self._encoder_kernel,
-            self.site.grid,
-            clock,
-            start,
-            None if self.site.family.tiles is None else self.site.family.tiles(self.site.base, given),
-        )
+        common = (pruner, self.encode_needs, depth)
+        if tower is not None:
+            layouts = self.site.family.layouts(self.site.base, given)
+            encoding: Encoding = PackedEncoding(*common, self._encoder_kernel, clock, tower, layouts)
+        else:
+            encoding = Encoding(
+                *common,
+                self.site.special_tokens() if pruner is not None or start is not None else 0,
+                self._encoder_kernel,
+                self.site.grid,
+                clock,
+                start,
+                None if self.site.family.tiles is None else self.site.family.tiles(self.site.base, given),
+            )
         if start is not None:
             encoding.notes.extend(notes)
         return self._encoded("image", encoding, call, original, args, kwargs, given)
@@ -288,7 +314,10 @@ class Session:
             notes.append(f"{within.name}: its part inside the vision encoder sees pictures only, no videos.")
         call = getattr(self._local, "call", None)
         clock = call.clock if call is not None else new_clock(self.site.base)
-        encoding = Encoding(None, {}, 0, 0, self._encoder_kernel, self.site.grid, clock)
+        if self.site.tower is not None:
+            encoding: Encoding = PackedEncoding(None, {}, 0, self._encoder_kernel, clock, self.site.tower, [])
+        else:
+            encoding = Encoding(None, {}, 0, 0, self._encoder_kernel, self.site.grid, clock)
         encoding.notes.extend(notes)
         return self._encoded("video", encoding, call, original, args, kwargs, given)
 
@@ -374,7 +403,7 @@ class Session:
         seen[modality] = (weakref.ref(pixels), [f._vtprune.replays for f in features])
 
     def _encoder_kernel(self) -> str:
-        config = self.site.encoder_layers[0].self_attn.config
+        config = getattr(self.site.encoder_layers[0], self.site.family.attention).config
         return getattr(config, "kernel", config._attn_implementation)
 
     def _count_block(self, module, args, kwargs) -> None:
@@ -390,6 +419,10 @@ class Session:
     def _after_block(self, block: int, module, args, output):
         encoding = getattr(self._local, "encoding", None)
         return None if encoding is None else encoding.after_block(block, output)
+
+    def _after_joining(self, module, args, output):
+        encoding = getattr(self._local, "encoding", None)
+        return None if encoding is None else encoding.spread(output)
 
     def _encoder_requests(self, block: int):
         encoding = getattr(self._local, "encoding", None)

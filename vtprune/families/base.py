@@ -94,6 +94,24 @@ def plain_pixels(base: nn.Module, given: dict[str, Any], modality: str) -> list[
 
 
 @dataclass(frozen=True)
+class Tower:
+    """A vision tower that runs all pictures as one packed sequence, and joins neighbouring patches behind its last block.
+
+    Its blocks are told by `cu_seqlens` which patches attend to each other, and take `position_embeddings`.
+
+    Parameters:
+        cell: patches that are joined to one visual token; they follow each other in the sequence.
+        windowed: blocks that attend within windows of a picture only.
+        order: layouts -> LongTensor, for each place in the sequence the cell that is there, numbered over all pictures in
+            raster order; None where that is the order.
+    """
+
+    cell: int
+    windowed: frozenset[int] = frozenset()
+    order: Callable[[list[Layout]], Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family, declared.
 
@@ -122,6 +140,9 @@ class Family:
         runs: tiles come as pictures of their own and those that follow each other in the prompt without a token between
             them are one image.
         sealed: why no token can leave inside the vision encoder, or "" if it can.
+        packed: base model -> its `Tower`, where patches can leave a sealed encoder after all, as long as what is left can
+            be joined; needs `layouts`, and the `projector` has to be what joins them.
+        attention: name of the attention module within an encoder block.
         positions: what positions the decoder's embedding allows.
         norm, query, key: names of the norm, query and key projections within a decoder block and its `self_attn`.
     """
@@ -145,6 +166,8 @@ class Family:
     newline: str = ""
     runs: bool = False
     sealed: str = ""
+    packed: Callable[[nn.Module], Tower] | None = None
+    attention: str = "self_attn"
     positions: tuple[str, ...] = ("original", "compact")
     norm: str = "input_layernorm"
     query: str = "q_proj"
@@ -180,6 +203,11 @@ class Site:
     @cached_property
     def projector(self) -> nn.Module:
         return self._must(self.family.projector, "projector")
+
+    @cached_property
+    def tower(self) -> Tower | None:
+        """What is known of a packed vision tower, or None for others."""
+        return None if self.family.packed is None else self.family.packed(self.base)
 
     @cached_property
     def rotary(self) -> nn.Module:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from vtprune.families.base import Family, Layout
+from vtprune.families.base import Family, Layout, Tower
 
 
 def _merged_layouts(base: nn.Module, given: dict[str, Any], grids: str = "image_grid_thw") -> list[Layout]:
@@ -39,6 +41,30 @@ def _frame_pixels(base: nn.Module, given: dict[str, Any], modality: str) -> list
     return found
 
 
+def _by_window(side: int, layouts: list[Layout]) -> Tensor:
+    """The order in which Qwen2.5-VL keeps cells: window by window of side x side cells, those at the edges cut off."""
+    found, start = [], 0
+    for layout in layouts:
+        rows, columns = layout.grid
+        row, column = torch.arange(rows)[:, None], torch.arange(columns)
+        window = row // side * -(-columns // side) + column // side
+        # frames follow each other
+        for _ in range(layout.frames):
+            found.append(window.flatten().argsort(stable=True) + start)
+            start += rows * columns
+    return torch.cat(found)
+
+
+def _tower(base: nn.Module) -> Tower:
+    visual = base.visual
+    cell = visual.spatial_merge_size**2
+    whole = getattr(visual, "fullatt_block_indexes", None)
+    if whole is None:
+        return Tower(cell)
+    side = visual.window_size // visual.spatial_merge_size // visual.patch_size
+    return Tower(cell, frozenset(range(len(visual.blocks))) - set(whole), functools.partial(_by_window, side))
+
+
 QWEN_VL = Family(
     name="Qwen-VL",
     base_classes=("Qwen2VLModel", "Qwen2_5_VLModel"),
@@ -48,7 +74,9 @@ QWEN_VL = Family(
     layouts=_merged_layouts,
     videos=_video_layouts,
     pixels=_frame_pixels,
-    sealed="its vision tower merges patches two by two and attends within windows, so they cannot leave one by one",
+    sealed="its vision tower merges patches two by two, so they cannot leave one by one",
+    packed=_tower,
+    attention="attn",
     # a token's place in the picture is in its position: there is no other numbering of what is left
     positions=("original",),
 )

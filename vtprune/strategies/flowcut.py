@@ -25,6 +25,8 @@ from vtprune.pruner import (
 )
 from vtprune.select import top, top_ragged
 
+SPLITS, NEWLINES, GROUPS = ("image", "tile"), ("model", "none"), ("cells", "survivors")
+
 
 def share(weights: Tensor) -> Tensor:
     """[B, N] weights of any float dtype, in fp32 and scaled to sum 1; flat where a row has underflowed to zero."""
@@ -45,16 +47,23 @@ def flow_score(attention: Tensor, semantic: Tensor, value: Tensor, semantic_weig
     return (share(attention) + semantic_weight * share(semantic)) * value.float().abs().sum(-1)
 
 
-def entropy_ratio(attention: Tensor) -> Tensor:
+def entropy_ratio(attention: Tensor, epsilon: float = 0.0) -> Tensor:
     """[B] entropy of the renormalised attention [B, N] over its maximum ln N: 1 for flat, 0 for a single peak."""
+    p = share(attention)
     # entr is 0 at p = 0, where p * ln p would be NaN
-    entropy = torch.special.entr(share(attention)).sum(-1)
-    return entropy / math.log(max(attention.shape[-1], 2))
+    entropy = torch.special.entr(p) if epsilon == 0 else -p * (p + epsilon).log()
+    return entropy.sum(-1) / math.log(max(attention.shape[-1], 2))
 
 
-def drop_count(attention: Tensor, target: int, remaining: int, entropy_power: float, depth_power: float) -> Tensor:
-    """[B] patches to drop now: round((N - target) / remaining^depth_power * (1 - r^entropy_power)), never negative."""
-    ratio = entropy_ratio(attention)
+def drop_count(
+    attention: Tensor, target: int, remaining: int, entropy_power: float, depth_power: float, epsilon: float = 0.0
+) -> Tensor:
+    """[B] patches to drop now: round((N - target) / remaining^depth_power * (1 - r^entropy_power)), never negative.
+
+    Parameters:
+        epsilon: what the published code adds to p in ln p: 1e-7 without a class token, else nothing.
+    """
+    ratio = entropy_ratio(attention, epsilon)
     drop = (attention.shape[-1] - target) / remaining**depth_power * (1 - ratio**entropy_power)
     return drop.clamp(min=0).round().long()
 
@@ -68,8 +77,14 @@ class FlowCut(Pruner):
     `keep`. The count is decided per image (the published code takes the batch maximum), so that a batch equals its
     images one at a time.
 
+    Without a class token, attention is that of the mean query of all patches, values are not compared, and the last cut
+    comes after the last block, as published for Qwen2-VL. Of a tower with windows (Qwen2.5-VL) only blocks that attend to
+    the whole picture are scored, counted and followed by cuts (ours). Merged tokens keep places of their own, where the
+    published code gives them those of a picture's first ones. Its settings for a target of T: for tiles keep=T // 2,
+    decoder_keep=T, split="tile", newlines="none"; for Qwen2-VL keep=2 * T, decoder_keep=T, groups="survivors".
+
     Parameters:
-        keep: patches per image that enter the decoder (int) or share of them (float).
+        keep: visual tokens per image that enter the decoder (int) or share of them (float).
         decoder_keep: visual tokens left after decoder layer `decoder_layer` (the paper's second stage, used with tiles
             and Qwen2-VL); None leaves the decoder alone, as published for LLaVA-1.5.
         decoder_layer: 0-based decoder layer whose output is cut.
@@ -77,6 +92,11 @@ class FlowCut(Pruner):
         every: blocks between two cuts.
         semantic_weight: weight of value similarity to CLS against attention from CLS.
         entropy_power, depth_power: exponents of the entropy ratio and of the number of blocks left.
+        split: of a tiled picture, whether an int `keep` is divided among its tiles ("image", ours) or is each tile's.
+        newlines: whether separators between a tiled picture's rows stay ("model", ours) or leave ("none", as published)
+            once any of its tokens does.
+        groups: where patches are merged behind the encoder, whether they stay by whole cells, so that a token is what it
+            was ("cells", ours), or one by one, so that those left are merged in order, across cells ("survivors").
     Raises:
         BudgetError: for a budget or field without meaning.
     """
@@ -89,14 +109,20 @@ class FlowCut(Pruner):
     semantic_weight: float = 1.0
     entropy_power: float = 2.0
     depth_power: float = 0.5
+    split: str = "image"
+    newlines: str = "model"
+    groups: str = "cells"
 
     name = "flowcut"
     paper = "FlowCut, arXiv 2505.19536 (NeurIPS 2025)"
     positions = "compact"
-    requires = frozenset({"cls"})
+    cells = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for field, allowed in (("split", SPLITS), ("newlines", NEWLINES), ("groups", GROUPS)):
+            if getattr(self, field) not in allowed:
+                raise BudgetError(f"{field}={getattr(self, field)!r}: give {' or '.join(map(repr, allowed))}.")
         if self.decoder_keep is not None:
             self.decoder_keep = check_budget(self.decoder_keep, "decoder_keep")
         if not 0 <= self.momentum < 1 or self.every < 1:
@@ -105,38 +131,59 @@ class FlowCut(Pruner):
     def stages(self) -> tuple[str, ...]:
         return ("encode",) if self.decoder_keep is None else ("encode", "prefill")
 
-    def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
-        later = self.decoder_keep is not None and any(budget_tokens(self.decoder_keep, n) < n for n in sizes)
-        return later or super().asks_to_prune(sizes)
+    @property
+    def separators(self) -> bool:
+        return self.newlines == "model"
 
-    # Stage V, in the encoder. The feature block is depth - 1; the last cut comes after block depth - 2.
+    def _later(self, sizes: tuple[int, ...]) -> bool:
+        return self.decoder_keep is not None and any(budget_tokens(self.decoder_keep, n) < n for n in sizes)
+
+    def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
+        return self._later(sizes) or super().asks_to_prune(sizes)
+
+    def promises_to_prune(self, sizes: tuple[int, ...]) -> bool:
+        # a count for each tile may be more than a tile has, which the sizes of whole images do not tell
+        return self._later(sizes) or ((self.split == "image" or self.keep < 1) and super().asks_to_prune(sizes))
+
+    # Stage V, in the encoder. With a class token the last cut comes one block before the feature block, else after it.
     def encode_needs(self, encoder: Encoder) -> dict[int, Needs]:
+        if not encoder.cls:
+            return dict.fromkeys(encoder.whole, Needs(queries="mean", values=True))
         if encoder.depth < 2:
             raise BudgetError("FlowCut needs at least two encoder blocks up to the feature block.")
         return dict.fromkeys(range(encoder.depth - 1), Needs(queries="cls", values=True))
 
     def encode(self, view: EncodeView) -> Keep | None:
-        target = view.target(self.keep)
+        per_tile = budget_tokens(self.keep, view.total)
+        target = view.cell * (per_tile if self.split == "tile" else view.target(self.keep))
         if view.tokens <= target:
             return None
-        rows = view.rows
-        attention = rows.attention()[:, :, 0].mean(1)
-        # value similarity to CLS as a distribution over CLS and the patches; unscaled, as in the published code
-        to_patch = torch.einsum("bhd,bhnd->bhn", rows.query_values[:, :, 0], rows.values)
-        to_cls = rows.query_values[:, :, 0].square().sum(-1, keepdim=True)
-        semantic = torch.cat([to_cls, to_patch], -1).softmax(-1)[..., 1:].mean(1)
-        score = flow_score(attention, semantic, rows.values.mean(1), self.semantic_weight)
+        rows, epsilon = view.rows, 0.0
+        attention, value = rows.attention()[:, :, 0].mean(1), rows.values.mean(1)
+        if view.special.shape[1]:
+            # value similarity to CLS as a distribution over CLS and the patches; unscaled, as in the published code
+            to_patch = torch.einsum("bhd,bhnd->bhn", rows.query_values[:, :, 0], rows.values)
+            to_cls = rows.query_values[:, :, 0].square().sum(-1, keepdim=True)
+            semantic = torch.cat([to_cls, to_patch], -1).softmax(-1)[..., 1:].mean(1)
+            score = flow_score(attention, semantic, value, self.semantic_weight)
+        else:
+            view.note("flowcut: no class token, so flow is that to the mean query of all patches, values are not compared.")
+            score, epsilon = attention * value.abs().sum(-1), 1e-7
         past = view.carry.get("flow")
         flow = score if past is None else self.momentum * past + (1 - self.momentum) * score
         view.carry["flow"] = flow
 
-        remaining = view.depth - 2 - view.layer
-        if remaining % self.every:
+        if view.remaining % self.every:
             return None
-        if remaining == 0:
-            return Keep(top(flow, target))
-        drop = drop_count(attention, target, remaining, self.entropy_power, self.depth_power)
-        return Keep(top_ragged(flow, [max(view.tokens - p, target) for p in drop.tolist()]))
+        counts = [target] * len(flow)
+        if view.remaining:
+            drop = drop_count(attention, target, view.remaining, self.entropy_power, self.depth_power, epsilon)
+            counts = [max(view.tokens - p, target) for p in drop.tolist()]
+        if view.cell == 1 or self.groups == "survivors":
+            return Keep(top_ragged(flow, counts))
+        cells = top_ragged(flow.unflatten(1, (-1, view.cell)).mean(-1), [-(-n // view.cell) for n in counts])
+        within = torch.arange(view.cell, device=flow.device)
+        return Keep([(cell[:, None] * view.cell + within).flatten() for cell in cells])
 
     # Stage L, in the decoder.
     def prefill_needs(self, depth: int) -> dict[int, Needs]:

@@ -43,13 +43,14 @@ class VisionZip(Pruner):
 
     The class token takes the number of the dropped patch with the least attention in the report, where it is marked
     as foreign (ours). One token is the class token alone. With M targets out of R patches, M < R always holds, as the
-    budget is smaller than the image.
+    budget is smaller than the image. Without a class token, as the paper has it, the dominant patches are those that get
+    the most attention from all patches on average.
 
     Parameters:
         keep: tokens per image (int) or share of the patches (float): dominant, class token and contextual together.
         contextual: how many of them are contextual: a count, or a share of `keep` (rounded, leaving at least one
             dominant). None (ours) is the share 10/64, which is the published 54 + 10, 108 + 20 and 162 + 30.
-        cls_token: keep the class token as one of the dominant, as published.
+        cls_token: keep the class token as one of the dominant, as published; nothing where there is none.
     Raises:
         BudgetError: for fields without meaning, or if `contextual` leaves no dominant token.
     """
@@ -61,7 +62,6 @@ class VisionZip(Pruner):
     name = "visionzip"
     paper = "VisionZip, arXiv 2412.04467 (CVPR 2025)"
     positions = "compact"
-    requires = frozenset({"cls"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,15 +94,18 @@ class VisionZip(Pruner):
         return keep - contextual, contextual
 
     def encode_needs(self, encoder: Encoder) -> dict[int, Needs]:
-        return {encoder.depth - 1: Needs(queries="cls", keys=True)}
+        return {encoder.depth - 1: Needs(queries="cls" if encoder.cls else "patches", keys=True)}
 
     def encode(self, view: EncodeView) -> Keep | None:
         target = view.target(self.keep)
         if view.tokens <= target:
             return None
         dominant, contextual = self.split(target)
-        attention = view.rows.attention()[:, :, 0].sum(1)
-        chosen = top(attention, dominant - self.cls_token)
+        attention, cls_token = view.rows.attention()[:, :, 0].sum(1), self.cls_token
+        if not view.special.shape[1]:
+            view.note("visionzip: no class token, so patches are ranked by the attention that they get from all patches.")
+            cls_token = False
+        chosen = top(attention, dominant - cls_token)
         rest = without(chosen, view.tokens)
         spaced = targets_at(rest.shape[1], contextual, rest.device)
         targets = rest[:, spaced]
@@ -116,7 +119,7 @@ class VisionZip(Pruner):
             mean = cluster_means(at(view.hidden, members).float(), goes, contextual)
             vectors.append((at(view.hidden, targets).float() + mean).to(view.hidden.dtype))
             into = into.scatter(1, members, targets.gather(1, goes))
-        if not self.cls_token:
+        if not cls_token:
             return Keep(torch.cat(parts, 1), torch.cat(vectors, 1), into, ordered=True)
         least = torch.sort(torch.nan_to_num(attention.gather(1, members), nan=-1.0), stable=True).indices[:, :1]
         slot = members.gather(1, least)
