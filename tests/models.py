@@ -96,8 +96,9 @@ def tiny_tiled(family: str, attn: str = "sdpa", seed: int = 0):
     return model
 
 
-def tiny_qwen(attn: str = "sdpa", seed: int = 0, version: str = "2.5"):
-    """A tiny Qwen2-VL or Qwen2.5-VL: two vision blocks, four decoder layers, three-axis positions."""
+def tiny_qwen(attn: str = "sdpa", seed: int = 0, version: str = "2.5", blocks: int = 2):
+    """A tiny Qwen2-VL or Qwen2.5-VL: vision blocks (of 2.5 every second sees whole pictures), four decoder layers,
+    three-axis positions."""
     import transformers
 
     torch.manual_seed(seed)
@@ -114,10 +115,10 @@ def tiny_qwen(attn: str = "sdpa", seed: int = 0, version: str = "2.5"):
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    vision = {"depth": 2, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision = {"depth": blocks, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
     if version == "2.5":
         vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
-        vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
+        vision |= {"window_size": 32, "fullatt_block_indexes": list(range(1, blocks, 2))}
         config_class, model_class = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
     else:
         vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}

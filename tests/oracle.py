@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from models import IMAGE, VIDEO, vision_blocks
+from transformers import AttentionInterface
 
 from vtprune.pruner import EncodeView
 from vtprune.reporting import SampleReport
@@ -46,8 +47,55 @@ def _mask(model, allowed: torch.Tensor, part: str) -> torch.Tensor:
     return _additive(allowed) if config._attn_implementation == "eager" else allowed
 
 
+class _Undo:
+    def __init__(self, remove):
+        self.remove = remove
+
+
+def _window_index(visual, grids: torch.Tensor) -> torch.Tensor:
+    if hasattr(visual, "get_window_index"):
+        return torch.as_tensor(visual.get_window_index(grids)[0])
+    from transformers.vision_utils import get_vision_window_index
+
+    return get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, visual.patch_size)[0]
+
+
+def _packed_masks(model, turns: list[Turn]):
+    """Masks in a vision tower that runs all pictures as one sequence: a kernel in place of its own reads them."""
+    visual, cell = model.model.visual, model.model.visual.spatial_merge_size**2
+    samples = [turn.sample for turn in turns]
+    order = None
+    if hasattr(visual, "fullatt_block_indexes"):
+        order = _window_index(visual, torch.cat([turn.extra["image_grid_thw"] for turn in turns]))
+    masks, cursor = {}, {}
+    for block, layer in enumerate(visual.blocks):
+        alive = []
+        for sample in samples:
+            left = torch.ones(sample.visual_tokens, dtype=torch.bool)
+            for at, index in sample.encoded:
+                if at < block:
+                    left = torch.zeros_like(left).index_fill(0, index, True)
+            alive.append(left)
+        cells = torch.cat(alive)
+        masks[layer.attn] = (cells if order is None else cells[order]).repeat_interleave(cell)
+        cursor[layer.attn] = 0
+
+    def kernel(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        n, at = query.shape[2], cursor[module]
+        cursor[module] += n
+        allowed = masks[module][at : at + n] | torch.eye(n, dtype=torch.bool)
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("oracle", kernel)
+    before, visual.config._attn_implementation = visual.config._attn_implementation, "oracle"
+    return [_Undo(lambda: setattr(visual.config, "_attn_implementation", before))]
+
+
 def _encoder_hooks(model, turns: list[Turn]):
     """Masks in the vision encoder, one row per image of the conversation."""
+    if hasattr(model.model, "visual"):
+        return _packed_masks(model, turns)
     blocks = vision_blocks(model)
     special = 0 if "siglip" in model.config.vision_config.model_type else 1
     per_block = []
@@ -135,6 +183,8 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
             visual = visual[turn.sample.slots]
         after[start:] = start + len(turn.prompt)
         before = {n: int(at) for n, at in enumerate(visual)}
+        bare = start + torch.tensor([i for i, t in enumerate(turn.prompt) if t in turn.visual], dtype=torch.long)
+        alive[:, bare[turn.sample.separators]] = late[:, bare[turn.sample.separators]] = False
         for layer, where in enumerate(_places(turn, visual) if len(visual) else []):
             alive[layer, visual] = False
             late[layer, visual] = False
@@ -195,6 +245,16 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     return out.logits[0]
 
 
+def _splits_cells(view: EncodeView, keep) -> bool:
+    """Whether patches of a cell are kept apart, so that what they are joined to is no token of the full model."""
+    if view.cell == 1:
+        return False
+    marks = torch.zeros(*view.index.shape[:1], int(view.index.max()) + 1, dtype=torch.long)
+    for row, kept in enumerate(keep.indices):
+        marks[row, view.index[row, kept]] = 1
+    return not bool(torch.isin(marks.unflatten(1, (-1, view.cell)).sum(-1), torch.tensor([0, view.cell])).all())
+
+
 class Watch:
     """Takes down, during a pruned run, what strategies that merge leave to the oracle.
 
@@ -246,7 +306,8 @@ class Watch:
     def _ask(self, stage):
         def asked(view):
             keep = stage(view)
-            if isinstance(keep, tuple) or (isinstance(view, EncodeView) and keep is not None and keep.hidden is not None):
+            inside = isinstance(view, EncodeView) and keep is not None
+            if isinstance(keep, tuple) or (inside and (keep.hidden is not None or _splits_cells(view, keep))):
                 self.remade = True
             elif keep is not None and keep.hidden is not None:
                 layer = getattr(view, "layer", 0)
@@ -263,7 +324,7 @@ class Watch:
         """The turn of sample `row`, whose first image is the run's image `first`."""
         turn = Turn(prompt, generated, sample, pixels)
         # nothing leaves inside a sealed encoder, or from videos; masks per tile would need the packing undone
-        turn.whole = self.sealed or max(sample.frames, default=1) > 1
+        turn.whole = (self.sealed and not sample.encoded) or max(sample.frames, default=1) > 1
         if not turn.whole and (self.remade or sample.slots is not None):
             turn.features = self.features[first : first + len(sample.images)]
         for layer, tokens in self.targets.items():

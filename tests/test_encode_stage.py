@@ -3,12 +3,24 @@ vectors of the published code, and the promises."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import pytest
 import torch
-from models import IMAGE
+from models import IMAGE, preencoding, tiny_llava, tiny_qwen, tiny_tiled
+from oracle import Watch, _window_index, oracle_logits
+from test_families import PROMPTS, besides, fed, inputs_of, run
 from test_golden_flowcut import KERNELS, golden, load_weights, tensor
+from transformers import DynamicCache
 
 import vtprune
+from vtprune.engine.attention import Request, attention_rows
+from vtprune.families.base import Layout, Site
+from vtprune.families.llava import LLAVA_NEXT
+from vtprune.families.qwen import _by_window
+from vtprune.pruner import Keep, Needs
+from vtprune.strategies.flowcut import drop_count
 
 QWEN = "flowcut_qwen_vit_d8_16x12_t8"
 
@@ -51,7 +63,6 @@ def golden_qwen(attn: str):
 def test_published_pruning_inside_qwens_tower(attn):
     z, model = golden_qwen(attn)
     target = int(z["target_num"])
-    strategy = vtprune.FlowCut(keep=2 * target, decoder_keep=target, groups="survivors")
     joined, left = [], {}
     model.model.visual.merger.register_forward_hook(lambda module, args, output: joined.append(output))
     size = int(z["grid_thw"].prod()) // 4
@@ -73,3 +84,374 @@ def test_published_pruning_inside_qwens_tower(attn):
     assert left[7].tolist() == z["keep_patch_indices"].tolist()
     torch.testing.assert_close(joined[0], tensor(z["merged_features"]), atol=2e-4, rtol=0)
     assert [len(layer) for layer in sample.layers] == [2 * target, 2 * target, target]
+
+
+def test_unit_scores_of_published_code_without_a_class_token():
+    z, ratios = golden("flowcut_unit_score"), golden("flowcut_unit_ratio")
+    for i in range(int(z["n"])):
+        attention, value = tensor(z[f"c{i}.cls_attn"]), tensor(z[f"c{i}.value"])
+        # the mean query's row sums to 1 in a model; here the score's formula alone is held
+        torch.testing.assert_close(attention * value.abs().sum(-1), tensor(z[f"c{i}.qwen_vit_score"]), atol=1e-7, rtol=1e-5)
+    for i in range(40):
+        attention, target, remaining = tensor(ratios[f"c{i}.attn"]), int(ratios["target"][i]), int(ratios["remaining"][i])
+        counts = drop_count(attention, target, remaining, 2.0, 0.5, 1e-7)
+        assert counts.tolist() == [max(0, n) for n in ratios[f"c{i}.qwen"].tolist()]
+
+
+# ---------------------------------------------------------------------- tiles
+
+
+@torch.no_grad()
+def test_published_tile_merging():
+    """Kept tokens of the tiles in global raster order behind the whole picture's, without padding and newlines."""
+    import transformers
+
+    z = golden("flowcut_anyres_sq22_landscape")
+    features, kept = tensor(z["tile_features"]), tensor(z["keep_indices"])
+    width = features.shape[-1]
+    sizes = {"hidden_size": width, "intermediate_size": 8, "num_hidden_layers": 3}
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            **sizes, num_attention_heads=1, image_size=336, patch_size=14, projection_dim=4
+        ),
+        text_config=transformers.LlamaConfig(**sizes, num_attention_heads=1, vocab_size=100, pad_token_id=0),
+        image_token_id=IMAGE,
+        image_grid_pinpoints=[[336 * int(z["grid_h"]), 336 * int(z["grid_w"])]],
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaNextModel._from_config(config).eval()
+    model.multi_modal_projector = torch.nn.Identity()
+    model.image_newline.copy_(tensor(z["image_newline"]))
+    model.get_input_embeddings().weight[: len(z["text_table"])] = tensor(z["text_table"])
+
+    class Golden(vtprune.FlowCut):
+        """Leaves the golden patches of each tile, with the golden features in place of the random tower's."""
+
+        def encode_needs(self, encoder):
+            return {encoder.depth - 1: Needs()}
+
+        def encode(self, view):
+            assert view.part[1] == len(features)
+            return Keep(kept[view.part[0]][None], features[view.part[0]][None])
+
+    size = torch.tensor([[int(z["orig_h"]), int(z["orig_w"])]])
+    (layout,) = Site(LLAVA_NEXT, model).layouts(size)
+    before, _, after = (ids := z["input_ids"][0].tolist())[:2], 0, z["input_ids"][0].tolist()[3:]
+    assert ids[1] == 2 and z["visual_token_pos"] == 2
+    ids = torch.tensor([[*before, *[IMAGE] * layout.placeholders, *after]])
+    pixels = torch.randn(1, len(features), 3, 336, 336)
+    entered = []
+    model.language_model.layers[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    with vtprune.pruning(model, Golden(keep=kept.shape[1], split="tile", newlines="none")) as session:
+        model(input_ids=ids, pixel_values=pixels, image_sizes=size)
+        sample = session.report.samples[0]
+    torch.testing.assert_close(entered[0][0, 2:-3], tensor(z["visual_sequence"]), atol=0, rtol=0)
+    torch.testing.assert_close(entered[0][0], tensor(z["full_embeds"]), atol=1e-6, rtol=0)
+    assert len(sample.kept) == int(z["visual_token_num"])
+    # one newline for each row that unpadding leaves, and all of them are gone
+    assert len(sample.separators) == layout.placeholders - layout.size > 0
+    with vtprune.pruning(model, Golden(keep=kept.shape[1], split="tile")) as session:
+        model(input_ids=ids, pixel_values=pixels, image_sizes=size)
+        assert session.report.samples[0].separators == []
+    assert entered[1].shape[1] == entered[0].shape[1] + layout.placeholders - layout.size
+
+
+# ---------------------------------------------------------------------- the promises
+
+FLOW = {
+    "flowcut": lambda: vtprune.FlowCut(keep=11),
+    "flowcut-twice": lambda: vtprune.FlowCut(keep=14, decoder_keep=7, every=1),
+}
+CASES = {
+    ("siglip", "visionzip"): lambda: vtprune.VisionZip(keep=12),
+    ("onevision", "flowcut"): lambda: vtprune.FlowCut(keep=30),
+    ("onevision", "flowcut-bare"): lambda: vtprune.FlowCut(keep=9, decoder_keep=14, split="tile", newlines="none"),
+    ("onevision", "visionzip"): lambda: vtprune.VisionZip(keep=40),
+    ("next", "flowcut-bare"): lambda: vtprune.FlowCut(keep=9, decoder_keep=14, split="tile", newlines="none"),
+    ("next", "bare+fastv"): lambda: vtprune.FlowCut(keep=40, newlines="none") + vtprune.FastV(keep=30, layer=1),
+    ("qwen2", "flowcut-survivors"): lambda: vtprune.FlowCut(keep=14, decoder_keep=7, groups="survivors"),
+    ("qwen2.5", "flowcut-survivors"): lambda: vtprune.FlowCut(keep=14, every=1, groups="survivors"),
+    ("qwen2", "flowcut+fastv+evict"): lambda: vtprune.create("flowcut+fastv+evict", keep=9, layer=1),
+    **{(family, name): FLOW[name] for family in ("siglip", "qwen2", "qwen2.5") for name in FLOW},
+}
+every_case = pytest.mark.parametrize("family, strategy", CASES)
+
+
+@lru_cache
+def model_of(family: str, attn: str = "sdpa"):
+    if family == "siglip":
+        return tiny_llava(attn, siglip=True)
+    return tiny_qwen(attn, version=family[4:], blocks=6) if family.startswith("qwen") else tiny_tiled(family, attn)
+
+
+def inputs(family: str, prompts=PROMPTS):
+    # LLaVA's pictures are those of Video-LLaVA, but for the argument's name
+    ids, given = inputs_of("vipllava" if family == "siglip" else family, prompts)
+    return ids, given
+
+
+def oracle(model, tokens, logits, report, watch, ids, given, compact) -> None:
+    first = 0
+    for row, one in enumerate(given):
+        turn = watch.turn(ids[row], tokens[row].tolist(), report.samples[row], one.get("pixel_values"), row, first)
+        turn.extra = besides(one)
+        first += len(report.samples[row].images)
+        expected = oracle_logits(model, [turn], compact)[len(ids[row]) - 1 : -1]
+        torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
+
+
+@every_case
+def test_keep_all_is_bit_identical(family, strategy):
+    model = model_of(family)
+    ids, given = inputs(family)
+    everything = CASES[family, strategy]()
+    for part in getattr(everything, "parts", [everything]):
+        part.keep = 1.0
+        if hasattr(part, "decoder_keep"):
+            part.decoder_keep = None
+    tokens, logits, _, _ = run(model, ids, given)
+    kept, pruned, report, _ = run(model, ids, given, everything)
+    assert torch.equal(tokens, kept) and torch.equal(logits, pruned)
+    assert all(s.kept.tolist() == list(range(s.visual_tokens)) and s.encoded == [] for s in report.samples)
+    assert report.flops == report.flops_full and report.kv_bytes == report.kv_bytes_full
+
+
+@every_case
+@KERNELS
+def test_masking_equals_removing(family, strategy, attn):
+    model = model_of(family, attn)
+    ids, given = inputs(family)
+    for positions in [None] if family.startswith("qwen") else ["original", "compact"]:
+        tokens, logits, report, watch = run(model, ids, given, CASES[family, strategy](), positions)
+        assert report.flops < report.flops_full and report.kv_bytes < report.kv_bytes_full
+        oracle(model, tokens, logits, report, watch, ids, given, positions == "compact")
+
+
+@every_case
+def test_batch_equals_single(family, strategy):
+    model = model_of(family)
+    ids, given = inputs(family)
+    tokens, logits, report, _ = run(model, ids, given, CASES[family, strategy]())
+    for row, one in enumerate(given):
+        alone, by_itself, single, _ = run(model, [ids[row]], [one], CASES[family, strategy]())
+        assert torch.equal(tokens[row], alone[0])
+        torch.testing.assert_close(logits[row], by_itself[0], atol=1e-4, rtol=1e-4)
+        for a, b in zip(report.samples[row].layers, single.samples[0].layers, strict=True):
+            assert torch.equal(a, b)
+        assert report.samples[row].separators == single.samples[0].separators
+
+
+@every_case
+def test_cached_equals_uncached(family, strategy):
+    model = model_of(family)
+    ids, given = inputs(family)
+    if "evict" in strategy:
+        pytest.skip("without a cache there is nothing to evict")
+    cached = run(model, ids, given, CASES[family, strategy]())
+    uncached = run(model, ids, given, CASES[family, strategy](), use_cache=False)
+    assert torch.equal(cached[0], uncached[0])
+    torch.testing.assert_close(cached[1], uncached[1], atol=1e-4, rtol=1e-4)
+
+
+@every_case
+@torch.no_grad()
+def test_cache_holds_what_the_report_says(family, strategy):
+    model = model_of(family)
+    ids, given = inputs(family)
+    with vtprune.pruning(model, CASES[family, strategy]()) as session:
+        out = model(**fed(ids, given), use_cache=True)
+        report = session.report
+    held = sum(t.numel() * t.element_size() for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
+    assert held == report.kv_bytes
+    for sample, row in zip(report.samples, ids, strict=True):
+        assert len(sample.kept) == len(set(sample.kept.tolist()))
+        text = len(row) - row.count(IMAGE)
+        stay = row.count(IMAGE) - sample.visual_tokens - len(sample.separators)
+        assert stay == 0 or "bare" not in strategy
+        assert len(row) - sample.visual_tokens == text + stay + len(sample.separators)
+
+
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen2.5", marks=preencoding)])
+@pytest.mark.parametrize("strategy", ["flowcut-twice", "flowcut-survivors"])
+def test_chat_goes_on_over_the_same_cache(family, strategy):
+    model = model_of(family)
+    ids, given = inputs(family, PROMPTS[1:2])
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    pruner = CASES[family, strategy]()
+    with vtprune.pruning(model, pruner) as session:
+        watch = Watch(model, pruner)
+        one = model.generate(**fed(ids, given), past_key_values=DynamicCache(config=model.config.text_config), **options)
+        said = [*one.sequences[0, len(ids[0]) :].tolist(), 7, 8, 9]
+        turn = watch.turn(ids[0], said, session.report.samples[0], given[0]["pixel_values"], 0, 0)
+        watch.close()
+        whole = torch.tensor([ids[0] + said])
+        two = model.generate(input_ids=whole, past_key_values=one.past_key_values, **options)
+    turn.generated = said + two.sequences[0, whole.shape[1] :].tolist()
+    turn.extra = besides(given[0])
+    expected = oracle_logits(model, [turn], compact=False)[whole.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(two.logits, 1)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------- towers that join patches
+
+
+@dataclass
+class Fixed(vtprune.Pruner):
+    """Keeps given cells of each picture, after a given block; `odd` drops one patch of them besides."""
+
+    keep: float = 0.5
+    block: int = 5
+    odd: bool = False
+    name = "fixed"
+    cells = True
+
+    def encode_needs(self, encoder):
+        return {self.block: Needs()}
+
+    def encode(self, view):
+        assert view.cell == 4 and view.tokens == 4 * view.total and view.target(self.keep) == round(self.keep * view.total)
+        assert view.index.tolist() == [list(range(view.tokens))] * len(view.index) and view.grid[0] * view.grid[1] == view.total
+        patches = torch.arange(view.tokens).view(-1, 4)[::3].flatten()
+        return Keep([patches[self.odd :]] * len(view.index))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2.5"])
+@torch.no_grad()
+def test_cells_are_where_they_were(family):
+    model = model_of(family)
+    _, given = inputs(family, [[1, "A", "B", "A"]])
+    whole = model.model.get_image_features(**given[0], return_dict=True).pooler_output
+    with vtprune.pruning(model, Fixed()):
+        features = model.model.get_image_features(**given[0], return_dict=True).pooler_output
+    assert [len(f) for f in features] == [24, 30, 24]
+    for a, b in zip(features, whole, strict=True):
+        kept = torch.arange(0, len(b), 3)
+        assert a._vtprune.item.index.tolist() == kept.tolist()
+        # after the last block nothing attends any more, so they are what they were
+        torch.testing.assert_close(a[kept], b[kept], atol=1e-5, rtol=1e-5)
+        others = torch.ones(len(b), dtype=torch.bool)
+        others[kept] = False
+        assert not a[others].any() and b[others].any(-1).all()
+
+
+@torch.no_grad()
+def test_patches_that_make_no_whole_token_are_refused():
+    model = model_of("qwen2")
+    _, given = inputs("qwen2", [[1, "A"]])
+    with vtprune.pruning(model, Fixed(odd=True)), pytest.raises(vtprune.VtpruneError, match="joins 4 at a time"):
+        model.model.get_image_features(**given[0], return_dict=True)
+    # and nothing of that run is left behind
+    assert not model.model.visual.blocks[0]._forward_pre_hooks and "get_image_features" not in vars(model.model)
+
+
+def test_the_order_of_windows_is_the_towers():
+    visual = model_of("qwen2.5").model.visual
+    for grids in ([[1, 8, 12]], [[1, 12, 10], [1, 8, 8], [2, 4, 14]]):
+        layouts = [Layout(t * h * w // 4, grid=(h // 2, w // 2), frames=t) for t, h, w in grids]
+        side = visual.window_size // 2 // visual.patch_size
+        assert side == 2
+        assert _by_window(side, layouts).tolist() == _window_index(visual, torch.tensor(grids)).tolist()
+
+
+@torch.no_grad()
+def test_windows_close_up():
+    """Blocks run on what is left of each window or picture, and are counted so."""
+    model, lengths = model_of("qwen2.5"), []
+    _, given = inputs("qwen2.5", [[1, "A", "B"]])
+    for block in model.model.visual.blocks:
+        block.register_forward_pre_hook(
+            lambda m, args, kwargs: lengths.append(kwargs["cu_seqlens"].diff().tolist()), with_kwargs=True
+        )
+    model.model.get_image_features(**given[0], return_dict=True)
+    full, lengths[:] = list(lengths), []
+    with vtprune.pruning(model, Fixed(block=1)):
+        features = model.model.get_image_features(**given[0], return_dict=True).pooler_output
+    for block in model.model.visual.blocks:
+        block._forward_pre_hooks.clear()
+    encoding = features[0]._vtprune.encoding
+    # hooks that were there before see what the tower hands to a block, the engine's what is left of it
+    assert lengths == full == encoding.unpruned() and encoding.lengths[:2] == full[:2]
+    assert encoding.lengths[3] == encoding.lengths[5] == [4 * 8, 4 * 10]
+    assert all(sum(n) == 4 * 18 and min(n) > 0 and max(n) <= 16 for n in (encoding.lengths[2], encoding.lengths[4]))
+
+
+def test_pictures_beside_videos():
+    """Inside the tower only pictures lose patches; a later stage cuts both."""
+    from test_videos import fed as feed_both
+    from test_videos import inputs_of as both
+
+    model = model_of("qwen2")
+    ids, given = both("qwen2", [[2, "A", 3, "V", 4]])
+    with pytest.raises(vtprune.UnsupportedError, match="video"), vtprune.pruning(model, "flowcut", keep=8):
+        model(**feed_both("qwen2", ids, given))
+    with torch.no_grad(), vtprune.pruning(model, vtprune.FlowCut(keep=8, decoder_keep=6)) as session:
+        model(**feed_both("qwen2", ids, given))
+        sample = session.report.samples[0]
+    assert sample.frames[0] == 1 < sample.frames[1] and len(sample.kept) == 8 + sample.images[1]
+    assert len(sample.layers[-1]) == 12
+    assert any("no videos" in note for note in session.report.notes) and any(
+        "mean query" in note for note in session.report.notes
+    )
+
+
+# ---------------------------------------------------------------------- rows, notes and refusals
+
+
+@pytest.mark.parametrize("queries", ["mean", "patches"])
+@pytest.mark.parametrize("special", [0, 1])
+def test_rows_of_all_patches_leave_padding_out(queries, special, monkeypatch):
+    monkeypatch.setattr("vtprune.engine.attention.CHUNK", 3)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, special + 7, 8) for _ in range(3))
+    counts = [7, 5]
+    valid = torch.arange(special + 7) < special + torch.tensor(counts)[:, None]
+    columns = torch.arange(special, special + 7).expand(2, -1)
+    rows = attention_rows(
+        q, k, v, 0.3, Request(Needs(queries=queries, keys=True, values=True), None, None, columns, valid, None)
+    )
+    for item, n in enumerate(counts):
+        s = slice(special, special + n)
+        query = q[item, :, s].mean(1, keepdim=True) if queries == "mean" else q[item, :, s]
+        weights = (query @ k[item, :, : special + n].mT * 0.3).softmax(-1)[..., special:].mean(1)
+        torch.testing.assert_close(rows.attention()[item, :, 0, :n], weights, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(rows.query_values[item, :, 0], v[item, :, s].mean(1), atol=1e-6, rtol=1e-5)
+        assert not rows.attention()[item, :, :, n:].any()
+        torch.testing.assert_close(rows.keys[item, :, :n], k[item, :, s])
+
+
+@torch.no_grad()
+def test_substitutes_are_noted():
+    model = model_of("siglip")
+    ids, given = inputs("siglip", PROMPTS[:1])
+    for strategy, note in (("flowcut", "mean query"), ("visionzip", "attention that they get")):
+        with vtprune.pruning(model, strategy, keep=9) as session:
+            model(**fed(ids, given))
+        assert any(note in line for line in session.report.notes)
+
+
+@pytest.mark.parametrize("strategy", ["visionzip", "mustdrop"])
+def test_what_cannot_choose_among_cells_is_refused(strategy):
+    match = "cls" if strategy == "mustdrop" else "merges patches two by two"
+    with pytest.raises(vtprune.UnsupportedError, match=match):
+        vtprune.wrap(model_of("qwen2"), strategy, keep=8)
+
+
+def test_rows_that_an_encoder_does_not_have_are_refused():
+    class Cls(Fixed):
+        def encode_needs(self, encoder):
+            return {1: Needs(queries="cls")}
+
+    class Windowed(Fixed):
+        def encode_needs(self, encoder):
+            return {2: Needs(queries="mean")}
+
+    with pytest.raises(vtprune.VtpruneError, match="class token"):
+        vtprune.wrap(model_of("qwen2"), Cls())
+    with pytest.raises(vtprune.VtpruneError, match="within windows"):
+        vtprune.wrap(model_of("qwen2.5"), Windowed())
+
+
+@pytest.mark.parametrize("field", ["split", "newlines", "groups"])
+def test_fields_without_meaning(field):
+    with pytest.raises(vtprune.BudgetError, match=f"{field}='other'"):
+        vtprune.FlowCut(**{field: "other"})

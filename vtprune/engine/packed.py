@@ -139,14 +139,17 @@ class PackedEncoding(Encoding):
         self._bounds.clear()
         return hidden[torch.searchsorted(before, self.flow)]
 
+    def join(self) -> None:
+        """Note which tokens what is left is about to be joined to."""
+        if self.pruner is not None:
+            with self.clock.span("selection"):
+                self.tokens = [self._token_item(i) for i in range(len(self.items))]
+
     def spread(self, joined: Tensor) -> Tensor | None:
         """The tokens [T, D] that the patches were joined to, at full length; None where nothing left."""
-        if self.pruner is None:
+        if self.pruner is None or len(self.flow) == self.begins[-1]:
             return None
         with self.clock.span("selection"):
-            self.tokens = [self._token_item(i) for i in range(len(self.items))]
-            if len(self.flow) == self.begins[-1]:
-                return None
             cell = self.tower.cell
             full = joined.new_zeros(self.begins[-1] // cell, joined.shape[-1])
             return full.index_copy(0, self.flow[::cell] // cell, joined)

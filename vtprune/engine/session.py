@@ -169,6 +169,7 @@ class Session:
         for at, block in enumerate(self.site.video_layers):
             self._hook(block.register_forward_pre_hook, functools.partial(self._before_block, at), with_kwargs=True)
         if self.site.tower is not None:
+            self._hook(self.site.projector.register_forward_pre_hook, self._before_joining)
             self._hook(self.site.projector.register_forward_hook, self._after_joining)
         for at, block in enumerate(self.site.encoder_layers):
             if self.site.family.sealed and self.site.tower is None:
@@ -419,6 +420,11 @@ class Session:
     def _after_block(self, block: int, module, args, output):
         encoding = getattr(self._local, "encoding", None)
         return None if encoding is None else encoding.after_block(block, output)
+
+    def _before_joining(self, module, args) -> None:
+        encoding = getattr(self._local, "encoding", None)
+        if encoding is not None:
+            encoding.join()
 
     def _after_joining(self, module, args, output):
         encoding = getattr(self._local, "encoding", None)

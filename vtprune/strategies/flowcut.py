@@ -49,9 +49,12 @@ def flow_score(attention: Tensor, semantic: Tensor, value: Tensor, semantic_weig
 
 def entropy_ratio(attention: Tensor, epsilon: float = 0.0) -> Tensor:
     """[B] entropy of the renormalised attention [B, N] over its maximum ln N: 1 for flat, 0 for a single peak."""
-    p = share(attention)
-    # entr is 0 at p = 0, where p * ln p would be NaN
-    entropy = torch.special.entr(p) if epsilon == 0 else -p * (p + epsilon).log()
+    if epsilon:
+        p = attention.float()  # sums to 1 where no class token has a part in it
+        entropy = -p * (p + epsilon).log()
+    else:
+        # entr is 0 at p = 0, where p * ln p would be NaN
+        entropy = torch.special.entr(share(attention))
     return entropy.sum(-1) / math.log(max(attention.shape[-1], 2))
 
 
