@@ -253,8 +253,8 @@ def tiny_inputs(patches: int = 36, size: int = 12) -> dict:
 
 def test_an_encoder_without_class_token():
     model = llava_of(SiglipVisionConfig(**VISION, **SIX))
-    with pytest.raises(UnsupportedError, match=r"flowcut needs cls .*'siglip_vision_model' does not have"):
-        vtprune.wrap(model, "flowcut", keep=9)
+    with pytest.raises(UnsupportedError, match=r"mustdrop needs cls .*'siglip_vision_model' does not have"):
+        vtprune.wrap(model, "mustdrop", keep=9)
     with vtprune.pruning(model, "uniform", keep=9) as session:
         model(**tiny_inputs())
         assert len(session.report.samples[0].kept) == 9

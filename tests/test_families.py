@@ -30,7 +30,11 @@ STRATEGIES = {
     "evict": lambda: vtprune.Evict(keep=20),
     "random+fastv+evict": lambda: vtprune.create("random+fastv+evict", keep=30, layer=1),
 }
-CLS = {"flowcut", "visionzip", "mustdrop"}
+INSIDE = {
+    "flowcut": {"next", "video-llava", "onevision", "qwen2", "qwen2.5"},
+    "visionzip": {"next", "video-llava", "onevision"},
+    "mustdrop": {"next", "video-llava"},
+}
 TILED = ["next", "onevision"]
 every_family = pytest.mark.parametrize(
     "family", [*TILED, "qwen2", "qwen2.5", "internvl", "mistral3", "vipllava", "video-llava"]
@@ -144,11 +148,11 @@ PROMPTS = [[2, "A", 5], [3, "B", 2, "A", 4], [1, "B", 7]]
 
 
 def applies(family: str, strategy: str) -> None:
-    """Skip what refuses an encoder without a class token; test_errors.py holds the refusal."""
-    if family not in ("next", "video-llava") and strategy in CLS:
-        with pytest.raises(vtprune.UnsupportedError, match=r"cls|does not allow"):
+    """Skip what refuses an encoder without a class token, or one that joins patches."""
+    if family not in INSIDE.get(strategy, {family}):
+        with pytest.raises(vtprune.UnsupportedError, match=r"cls|does not allow|allows only"):
             vtprune.wrap(model_of(family, "sdpa"), STRATEGIES[strategy]())
-        pytest.skip("needs a class token")
+        pytest.skip("does not work inside this encoder")
 
 
 @every_family
@@ -281,11 +285,10 @@ def test_a_budget_below_one_token_a_tile_is_refused():
 def test_what_a_sealed_encoder_refuses():
     model = model_of("qwen2.5", "sdpa")
 
-    class Inside(vtprune.FlowCut):
-        requires = frozenset()
-
-    with pytest.raises(vtprune.UnsupportedError, match="merges patches two by two"):
-        vtprune.wrap(model, Inside(keep=10))
+    with pytest.raises(vtprune.UnsupportedError, match="allows only .* merges patches two by two"):
+        vtprune.wrap(model, "visionzip", keep=10)
+    with pytest.raises(vtprune.UnsupportedError, match="does not allow: its patches are merged two by two"):
+        vtprune.wrap(model_of("internvl", "sdpa"), "flowcut", keep=10)
     with pytest.raises(vtprune.UnsupportedError, match="positions='compact' on Qwen-VL"):
         vtprune.wrap(model, "divprune", keep=10, positions="compact")
 

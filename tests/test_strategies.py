@@ -20,6 +20,7 @@ from vtprune import (
     Evict,
     FastV,
     FlowCut,
+    MustDrop,
     Pipeline,
     PrefillView,
     Random,
@@ -192,8 +193,9 @@ def make_view(stage: str, batch: int, tokens: int, seed: int = 0, flat: bool = F
     common = {"index": index, "sizes": (tokens,), "carry": {}}
     if stage == "encode":
         # the last cut is after block depth - 2
-        hidden = torch.zeros(batch, tokens, 8)
-        return EncodeView(**common, layer=4 if layer is None else layer, depth=6, hidden=hidden, rows=rows)
+        hidden, special, layer = torch.zeros(batch, tokens, 8), torch.zeros(batch, 1, 8), 4 if layer is None else layer
+        at = {"layer": layer, "depth": 6, "remaining": 4 - layer}
+        return EncodeView(**common, **at, hidden=hidden, special=special, rows=rows)
     if stage == "select":
         ordinal = torch.zeros(batch, dtype=torch.long)
         features = torch.randn(batch, tokens, 8, generator=torch.Generator().manual_seed(seed))
@@ -376,6 +378,9 @@ def test_flowcut_stops_scoring_once_the_budget_is_met():
 @pytest.mark.parametrize("depth", range(2, 27))
 def test_flowcut_asks_for_rows_up_to_the_last_cut_alone(depth):
     assert sorted(FlowCut().encode_needs(Encoder(depth, depth + 1, True))) == list(range(depth - 1))
+    assert sorted(FlowCut().encode_needs(Encoder(depth, depth + 1, False))) == list(range(depth))
+    windowed = frozenset(range(0, depth, 2))
+    assert sorted(FlowCut().encode_needs(Encoder(depth, depth, False, 4, windowed))) == list(range(1, depth, 2))
 
 
 def test_flowcut_survives_a_semantic_softmax_that_cls_takes_whole():
@@ -440,10 +445,11 @@ def test_stages(strategy, stages):
 
 
 def test_pipeline_flattens_and_takes_compact_from_any_part():
-    nested = Evict() + (FastV() + FlowCut())
+    nested = Evict() + (FastV() + FlowCut(newlines="none"))
     assert isinstance(nested, Pipeline) and [p.name for p in nested.parts] == ["evict", "fastv", "flowcut"]
     assert nested.positions == "compact" and (Evict() + FastV()).positions == "original"
-    assert nested.requires == {"cls"}
+    assert (MustDrop().only("encode") + FastV()).requires == {"cls"} and nested.requires == frozenset()
+    assert not nested.separators and not FlowCut(newlines="none").only("encode").separators and FlowCut().separators
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,8 @@ def test_a_share_that_contextual_exceeds_is_refused_when_the_image_is_known():
 def test_needs_and_settings():
     strategy = VisionZip()
     assert strategy.encode_needs(Encoder(23, 24, True)) == {22: Needs("cls", keys=True)}
-    assert strategy.stages() == ("encode",) and strategy.requires == {"cls"} and strategy.positions == "compact"
+    assert strategy.encode_needs(Encoder(23, 24, False)) == {22: Needs("patches", keys=True)}
+    assert strategy.stages() == ("encode",) and strategy.requires == frozenset() and strategy.positions == "compact"
     assert json.loads(json.dumps(strategy.settings())) == {
         "name": "visionzip",
         "keep": 64,

@@ -145,8 +145,14 @@ def test_strategies_of_the_encoder_need_one_that_is_served():
     for name in ("flowcut", "visionzip"):
         with pytest.raises(UnsupportedError, match="cannot be served here: tiles"):
             check_encoder(read(name).strategy(), CLIP, "tiles")
-        with pytest.raises(UnsupportedError, match="class token"):
-            check_encoder(read(name).strategy(), Encoder(7, 8, cls=False))
+        with pytest.raises(UnsupportedError, match="cannot be served here: vtprune runs CLIP"):
+            check_encoder(read(name).strategy(), Encoder(7, 8, cls=False), "vtprune runs CLIP towers block by block")
+
+    class OfCls(vtprune.Random):
+        requires = frozenset({"cls"})
+
+    with pytest.raises(UnsupportedError, match="needs a class token"):
+        check_encoder(OfCls(), Encoder(7, 8, cls=False))
     with pytest.raises(UnsupportedError, match=r'"only": \["select"\]'):
         check_encoder(read("todre", tau=None).strategy(), CLIP, "tiles")
     assert check_encoder(read("todre", only=["select"]).strategy(), CLIP, "tiles") == 0
