@@ -285,7 +285,7 @@ def test_a_budget_below_one_token_a_tile_is_refused():
 def test_what_a_sealed_encoder_refuses():
     model = model_of("qwen2.5", "sdpa")
 
-    with pytest.raises(vtprune.UnsupportedError, match="allows only .* merges patches two by two"):
+    with pytest.raises(vtprune.UnsupportedError, match=r"allows only .* merges patches two by two"):
         vtprune.wrap(model, "visionzip", keep=10)
     with pytest.raises(vtprune.UnsupportedError, match="does not allow: its patches are merged two by two"):
         vtprune.wrap(model_of("internvl", "sdpa"), "flowcut", keep=10)

@@ -38,6 +38,15 @@ def top_ragged(scores: Tensor, counts: list[int]) -> list[Tensor]:
     return [row[:k].sort().values for row, k in zip(ranked(scores), counts, strict=True)]
 
 
+def top_cells(scores: Tensor, counts: list[int], cell: int) -> list[Tensor]:
+    """As `top_ragged`, but only whole cells of `cell` neighbours stay: those with the highest mean that hold `counts`."""
+    if cell == 1:
+        return top_ragged(scores, counts)
+    cells = top_ragged(scores.unflatten(1, (-1, cell)).float().mean(-1), [-(-n // cell) for n in counts])
+    within = torch.arange(cell, device=scores.device)
+    return [(kept[:, None] * cell + within).flatten() for kept in cells]
+
+
 def chosen(mask: Tensor) -> Keep | None:
     """The tokens marked in a bool [B, N], None if all are."""
     counts = mask.sum(1).tolist()  # decides shapes

@@ -23,7 +23,7 @@ from vtprune.pruner import (
     budget_tokens,
     check_budget,
 )
-from vtprune.select import top, top_ragged
+from vtprune.select import top, top_cells
 
 SPLITS, NEWLINES, GROUPS = ("image", "tile"), ("model", "none"), ("cells", "survivors")
 
@@ -48,24 +48,20 @@ def flow_score(attention: Tensor, semantic: Tensor, value: Tensor, semantic_weig
 
 
 def entropy_ratio(attention: Tensor, epsilon: float = 0.0) -> Tensor:
-    """[B] entropy of the renormalised attention [B, N] over its maximum ln N: 1 for flat, 0 for a single peak."""
-    if epsilon:
-        p = attention.float()  # sums to 1 where no class token has a part in it
-        entropy = -p * (p + epsilon).log()
-    else:
-        # entr is 0 at p = 0, where p * ln p would be NaN
-        entropy = torch.special.entr(share(attention))
-    return entropy.sum(-1) / math.log(max(attention.shape[-1], 2))
+    """[B] entropy of the attention [B, N] over its maximum ln N: 1 for flat, 0 for a single peak.
+
+    Parameters:
+        epsilon: added to p in ln p. The published code adds 1e-7 without a class token, and does not renormalise then.
+    """
+    p = attention.float() if epsilon else share(attention)
+    # xlogy is 0 at p = 0, where p * ln p would be NaN
+    return -torch.special.xlogy(p, p + epsilon).sum(-1) / math.log(max(attention.shape[-1], 2))
 
 
 def drop_count(
     attention: Tensor, target: int, remaining: int, entropy_power: float, depth_power: float, epsilon: float = 0.0
 ) -> Tensor:
-    """[B] patches to drop now: round((N - target) / remaining^depth_power * (1 - r^entropy_power)), never negative.
-
-    Parameters:
-        epsilon: what the published code adds to p in ln p: 1e-7 without a class token, else nothing.
-    """
+    """[B] patches to drop now: round((N - target) / remaining^depth_power * (1 - r^entropy_power)), never negative."""
     ratio = entropy_ratio(attention, epsilon)
     drop = (attention.shape[-1] - target) / remaining**depth_power * (1 - ratio**entropy_power)
     return drop.clamp(min=0).round().long()
@@ -182,11 +178,7 @@ class FlowCut(Pruner):
         if view.remaining:
             drop = drop_count(attention, target, view.remaining, self.entropy_power, self.depth_power, epsilon)
             counts = [max(view.tokens - p, target) for p in drop.tolist()]
-        if view.cell == 1 or self.groups == "survivors":
-            return Keep(top_ragged(flow, counts))
-        cells = top_ragged(flow.unflatten(1, (-1, view.cell)).mean(-1), [-(-n // view.cell) for n in counts])
-        within = torch.arange(view.cell, device=flow.device)
-        return Keep([(cell[:, None] * view.cell + within).flatten() for cell in cells])
+        return Keep(top_cells(flow, counts, view.cell if self.groups == "cells" else 1))
 
     # Stage L, in the decoder.
     def prefill_needs(self, depth: int) -> dict[int, Needs]:
