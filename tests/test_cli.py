@@ -216,7 +216,7 @@ def test_compare_fails_if_none_runs():
 def test_list():
     rows = {row["name"]: row for row in json.loads(run("list", "--json").stdout)}
     assert rows["flowcut"]["stages"] == ["encode", "prefill"]
-    assert "CLS token" in rows["mustdrop"]["needs"] and rows["flowcut"]["needs"] == ["CLS attention", "last-token attention"]
+    assert "CLS token" in rows["mustdrop"]["needs"] and rows["flowcut"]["needs"] == ["CLS attention"]
     assert rows["uniform"]["needs"] == []
     assert all(row["package"] is None for row in rows.values() if row["name"] in ("flowcut", "random"))
     table = run("list").stdout

@@ -99,7 +99,7 @@ class PackedEncoding(Encoding):
 
     def _closed_up(self, bounds: Tensor) -> Tensor:
         """Bounds of what is left within `bounds`; between two of them there is something."""
-        return torch.searchsorted(self.flow, bounds.to(self.flow.dtype)).unique_consecutive().to(bounds.dtype)
+        return torch.searchsorted(self.flow, bounds.to(self.flow)).unique_consecutive().to(bounds)
 
     def _at(self, item: int) -> Tensor:
         """Where in what is left of the sequence a picture's patches are, in the order of their numbers."""
