@@ -165,7 +165,7 @@ FLOW = {
 }
 CASES = {
     ("siglip", "visionzip"): lambda: vtprune.VisionZip(keep=12),
-    ("onevision", "flowcut"): lambda: vtprune.FlowCut(keep=30),
+    ("onevision", "flowcut"): lambda: vtprune.FlowCut(keep=30, entropy_power=60.0),
     ("onevision", "flowcut-bare"): lambda: vtprune.FlowCut(keep=9, decoder_keep=14, split="tile", newlines="none"),
     ("onevision", "visionzip"): lambda: vtprune.VisionZip(keep=40),
     ("next", "flowcut-bare"): lambda: vtprune.FlowCut(keep=9, decoder_keep=14, split="tile", newlines="none"),
