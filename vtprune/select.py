@@ -201,7 +201,13 @@ def _kernels(x: Tensor) -> ModuleType | None:
 @cache
 def _greedy(device: torch.device) -> ModuleType | None:
     # elsewhere fp64 runs at 1/32 or 1/64 of the speed of fp32, and the table costs more than it saves
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) not in {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) not in {
+        (6, 0),
+        (7, 0),
+        (8, 0),
+        (9, 0),
+        (10, 0),
+    }:
         return None
     try:
         from vtprune import greedy

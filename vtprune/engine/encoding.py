@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.engine.attention import Request, padding_mask
-from vtprune.engine.items import Choice, Item, checked, slice_rows, stack_carry, unstack_carry
+from vtprune.engine.items import Choice, Doubts, Item, checked, slice_rows, stack_carry, unstack_carry
 from vtprune.engine.stream import groups
 from vtprune.families.base import Layout, layouts_by_packing
 from vtprune.measure.clock import Clock
@@ -76,6 +76,7 @@ class Encoding:
         self.layouts: list[Layout] | None = None
         self.unpooled: Tensor | None = None  # what went into the pooling of a video's frames
         self.notes: list[str] = []
+        self.doubts = Doubts()
         self.items: list[Item] = []
         self.sequence = 0
         self.lengths: list[list[int]] = []
@@ -204,7 +205,8 @@ class Encoding:
                     f"{self.pruner.name}.encode returned a choice after block {block}, but the projector is fed by the block "
                     f"before it: nothing can be dropped any more, only looked at."
                 )
-            for i, choice in zip(group, checked(keep, len(group), n, f"{self.pruner.name}.encode"), strict=True):
+            choices = checked(keep, len(group), n, f"{self.pruner.name}.encode", doubts=self.doubts)
+            for i, choice in zip(group, choices, strict=True):
                 if choice.changes(n):
                     self.items[i].cut(choice)
                     self.items[i].cuts.append((block, self.items[i].index))

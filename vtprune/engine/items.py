@@ -151,9 +151,44 @@ def slice_rows(rows: Rows | None, group: list[int], count: int) -> Rows | None:
     )
 
 
-def checked(keep: Keep, items: int, tokens: int, who: str, least: int = 1) -> list[Choice]:
+class Doubts:
+    """Checks whose outcome lies on a device: reading each when it is made would stall the device each time."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Tensor, str]] = []
+
+    def add(self, wrong: Tensor, message: str) -> None:
+        """Note a check, bool []; on the CPU it is read at once.
+
+        Raises:
+            VtpruneError: with the message, if it is true.
+        """
+        if wrong.device.type != "cpu":
+            self._found.append((wrong, message))
+        elif bool(wrong):
+            raise VtpruneError(message)
+
+    def settle(self) -> None:
+        """Read all checks together.
+
+        Raises:
+            VtpruneError: for the first that is true.
+        """
+        found, self._found = self._found, []
+        if found:
+            # a model's layers may lie on several devices
+            devices = {wrong.device for wrong, _ in found}
+            read = {device: iter(torch.stack([w for w, _ in found if w.device == device]).tolist()) for device in devices}
+            for wrong, message in found:
+                if next(read[wrong.device]):
+                    raise VtpruneError(message)
+
+
+def checked(keep: Keep, items: int, tokens: int, who: str, least: int = 1, doubts: Doubts | None = None) -> list[Choice]:
     """A strategy's answer, one choice per item.
 
+    Parameters:
+        doubts: where to leave checks that are to be read later; None reads them now.
     Raises:
         VtpruneError: for indices of the wrong shape, repeated, out of range, or none at all.
     """
@@ -163,18 +198,29 @@ def checked(keep: Keep, items: int, tokens: int, who: str, least: int = 1) -> li
     if len(indices) != items or any(i.dtype != torch.long or i.ndim != 1 for i in indices):
         raise VtpruneError(f"{who} returned indices for {len(indices)} of {items} items, or not as 1-D int64 per item.")
     hidden, into, foreign = (None if t is None else list(t) for t in (keep.hidden, keep.into, keep.foreign))
+    if any(len(index) < least for index in indices):
+        raise VtpruneError(f"{who} kept no token of an image; at least one must enter the decoder.")
+    # one check for all items where they keep equally many
+    sets = [keep.indices] if isinstance(keep.indices, Tensor) else [index[None] for index in indices]
+    sets = [rows.sort(-1).values for rows in sets]
+    now = Doubts() if doubts is None else doubts
+    for rows in sets:
+        if rows.shape[1]:
+            wrong = (rows[:, 0] < 0) | (rows[:, -1] >= tokens) | (rows[:, 1:] == rows[:, :-1]).any(1)
+            now.add(wrong.any(), f"{who} returned indices that repeat or lie outside 0 .. {tokens - 1}.")
+    if doubts is None:
+        now.settle()
+    elif sets[0].device.type != "cpu":
+        # an index out of range would end the whole process's use of the device before the check is read
+        sets, indices = [s.clamp(0, tokens - 1) for s in sets], [i.clamp(0, tokens - 1) for i in indices]
+    ascending = [row for rows in sets for row in rows]
     choices = []
     for at, index in enumerate(indices):
-        ascending = index.sort().values
-        if len(index) < least:
-            raise VtpruneError(f"{who} kept no token of an image; at least one must enter the decoder.")
-        if len(index) and bool((ascending[0] < 0) | (ascending[-1] >= tokens) | (ascending[1:] == ascending[:-1]).any()):
-            raise VtpruneError(f"{who} returned indices that repeat or lie outside 0 .. {tokens - 1}.")
         if hidden is not None and len(hidden[at]) != len(index):
             raise VtpruneError(f"{who} returned {len(hidden[at])} vectors for {len(index)} kept tokens.")
         choices.append(
             Choice(
-                index if keep.ordered else ascending,
+                index if keep.ordered else ascending[at],
                 None if hidden is None else hidden[at],
                 None if into is None else into[at],
                 keep.ordered,
