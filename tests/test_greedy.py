@@ -71,9 +71,9 @@ def test_a_gpu_without_the_kernels(monkeypatch):
 
 
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="torch for this platform brings no triton")
+    pytest.importorskip("triton", "3.9", reason="older interpreters fail under numpy 2.4")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, __file__], check=False, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

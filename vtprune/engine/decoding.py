@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 
 import torch
@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from vtprune.engine.attention import Request, kernel_mask, rows_ahead
 from vtprune.engine.cache import OLD_NAME, PrunedLayer, cache_name, check_cache, is_pruned, pruned_layer
 from vtprune.engine.encoding import ImageTokens
-from vtprune.engine.items import Choice, Doubts, Item, checked, slice_rows, stack_carry, unstack_carry
+from vtprune.engine.items import Choice, Doubts, Item, Past, checked, nothing_past, slice_rows, stack_carry, unstack_carry
 from vtprune.engine.stream import Stream, compress, groups, join_valid, take
 from vtprune.families.base import Site
 from vtprune.measure.clock import Clock
@@ -81,13 +81,12 @@ class Decision:
     Parameters:
         images: per image, what entered the decoder, and the vectors it was given there, if any.
         layers: per layer, the numbers of those that went on, in order, and the vectors they were given, if any.
-        merged, foreign: as in `Item`, at the end.
+        past: as in `Item`, at the end.
     """
 
     images: list[tuple[Item, Tensor | None]]
     layers: dict[int, tuple[Tensor, Tensor | None]]
-    merged: dict[int, list[int]]
-    foreign: list[int]
+    past: Callable[[], Past]
 
 
 class Pass:
@@ -281,7 +280,7 @@ class Pass:
         self.cutting = self._cutting_layers()
         for item, decision in zip(self.items, self.replays or [], strict=False):
             if decision is not None:
-                item.merged, item.foreign = decision.merged, decision.foreign
+                item.past = decision.past
         return kwargs
 
     def _cutting_layers(self) -> set[int]:
@@ -325,12 +324,19 @@ class Pass:
         for item in items:
             offsets.append(offsets[-1] + item.sizes[0])
         names = set.intersection(*(set(i.carry) for i in items))
+
+        pasts = [(item.past, offset) for item, offset in zip(items, offsets, strict=False)]
+
+        def past() -> Past:
+            found = [(*before(), o) for before, o in pasts]
+            merged = {k + o: [v + o for v in vs] for part, _, o in found for k, vs in part.items()}
+            return merged, [n + o for _, part, o in found for n in part]
+
         return Item(
             torch.cat([item.index + o for item, o in zip(items, offsets, strict=False)]),
             tuple(item.sizes[0] for item in items),
             {name: torch.cat([i.carry[name] for i in items]) for name in names},
-            {k + o: [v + o for v in vs] for item, o in zip(items, offsets, strict=False) for k, vs in item.merged.items()},
-            [n + o for item, o in zip(items, offsets, strict=False) for n in item.foreign],
+            nothing_past if all(item.past is nothing_past for item in items) else cache(past),
         )
 
     def _arrange(self, items: list[Item], slots: Tensor, begins: list[int], embeds: Tensor) -> Tensor:
@@ -707,8 +713,7 @@ class Pass:
                     decision = Decision(
                         [(self.image_items[i], self.selected.get(i)) for i in images],
                         {layer: rows[row] for layer, rows in self.went_on.items() if row in rows},
-                        self.items[row].merged,
-                        self.items[row].foreign,
+                        self.items[row].past,
                     )
                 record = self.records[images[0]]
                 if id(record.replays) not in fresh:

@@ -104,6 +104,7 @@ class Session:
         self._undo: list[Callable[[], None]] = []
         self._report: Report | None = None
         self._noted = False
+        self._layouts: dict = {}
 
     @property
     def report(self) -> Report:
@@ -268,6 +269,7 @@ class Session:
             clock,
             start,
             None if self.site.family.tiles is None else self.site.family.tiles(self.site.base, given),
+            self._layouts,
         )
         if start is not None:
             encoding.notes.extend(notes)
