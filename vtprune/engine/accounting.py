@@ -82,7 +82,7 @@ def _slots(run: Pass, images: list[int]) -> Tensor | None:
 
 def _separators(run: Pass, row: int) -> list[int]:
     """Which of a sample's image placeholders are separators that left."""
-    return [] if run.bare is None else run.bare[row][run.placeholders[row]].nonzero()[:, 0].tolist()
+    return [] if run.bare is None else run.bare[0][row][run.placeholders[row]].nonzero()[:, 0].tolist()
 
 
 def _distinct_rows(run: Pass) -> list[int]:
@@ -182,5 +182,5 @@ def _fed_tokens(run: Pass) -> list[int]:
     ]
     lost = [sum(item.sizes) - len(run.computed(row, 0)) for row, item in enumerate(run.items)]
     if run.bare is not None:
-        lost = [n + more for n, more in zip(lost, run.bare.sum(1).tolist(), strict=True)]
+        lost = [n + more for n, more in zip(lost, run.bare[1], strict=True)]
     return [k + n for k, n in zip(kept, lost, strict=True)]

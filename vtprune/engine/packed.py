@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -170,10 +171,14 @@ class PackedEncoding(Encoding):
         item.cuts = [(block, (index // cell).unique()) for block, index in patches.cuts]
         rank = torch.searchsorted(patches.index, flowing).view(-1, cell)[order]
         item.carry = {name: _pooled(t[rank]) for name, t in patches.carry.items()}
-        if bool((cells != cells[:, :1]).any()):
-            own = set(item.index.tolist())
-            item.merged = {row[0]: sorted(gone) for row in cells[order].tolist() if (gone := set(row) - own)}
+        item.past = cache(lambda: (_merged(cells[order].tolist()), []))
         return item
+
+
+def _merged(tokens: list[list[int]]) -> dict[int, list[int]]:
+    """{token: cells that live on in it alone}, of the cells of each token's patches, of which it goes by the first."""
+    own = {cells[0] for cells in tokens}
+    return {cells[0]: sorted(gone) for cells in tokens if (gone := set(cells) - own)}
 
 
 def _pooled(t: Tensor) -> Tensor:
