@@ -131,8 +131,9 @@ def test_published_tile_merging():
             return {encoder.depth - 1: Needs()}
 
         def encode(self, view):
-            assert view.part[1] == len(features)
-            return Keep(kept[view.part[0]][None], features[view.part[0]][None])
+            assert [of for _, of in view.parts] == [len(features)] * len(features)
+            tiles = [which for which, _ in view.parts]
+            return Keep(kept[tiles], features[tiles])
 
     size = torch.tensor([[int(z["orig_h"]), int(z["orig_w"])]])
     (layout,) = Site(LLAVA_NEXT, model).layouts(size)

@@ -252,8 +252,8 @@ def test_encoder_choices_are_the_same_patches_after_packing(family):
 
         def encode(self, view):
             assert view.part[1] == 3 and view.target(self.keep) in (6, 7)
-            chosen.append(view.part)
-            return Keep((torch.arange(view.target(self.keep)) * 5 + view.part[0]).expand(len(view.index), -1))
+            chosen.extend(view.parts)
+            return Keep(torch.stack([torch.arange(view.target(self.keep)) * 5 + which for which, _ in view.parts]))
 
     chosen = []
     model = model_of(family, "sdpa")

@@ -211,5 +211,6 @@ def test_duplicates_go_in_ascending_order():
 def test_cells_stay_whole():
     scores = torch.tensor([[9.0, 0, 0, 0, 3, 3, 3, 3, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3]])
     kept = top_cells(scores, [5, 4], 4)
-    assert [k.tolist() for k in kept] == [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11]]
-    assert [k.tolist() for k in top_cells(scores, [2, 1], 1)] == [[0, 4], [11]]
+    assert kept.indices[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7] and kept.indices[1, :4].tolist() == [8, 9, 10, 11]
+    assert kept.counts == [8, 4]
+    assert top_cells(scores, [2, 1], 1).indices.tolist() == [[0, 4], [11, 12]]

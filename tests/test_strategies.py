@@ -222,7 +222,11 @@ def single(view, at: int):
 
 def answer(strategy: Pruner, stage: str, view) -> list[list[int]] | None:
     keep = getattr(strategy, stage)(view)
-    return None if keep is None else [row.tolist() for row in keep.indices]
+    return None if keep is None else [row[:n].tolist() for row, n in zip(keep.indices, counts_of(keep), strict=True)]
+
+
+def counts_of(keep) -> list[int]:
+    return keep.counts or [len(row) for row in keep.indices]
 
 
 def after_cut(keep: int | float, tokens: int, view) -> int:

@@ -215,6 +215,8 @@ class Keep:
         foreign: for the report, LongTensor [B, F] (or one per item): kept indices whose replaced vector no longer
             stands for that token, such as a class token that took its place.
         plans: for the report of `select`, one per item: what each frame of a video got.
+        counts: where `indices` is one tensor and items keep unequally many, how many of each row count; what follows them is
+            ignored. For views with padding (`Pruner.ragged`), whose items are all in one tensor.
     """
 
     indices: Tensor | list[Tensor]
@@ -223,6 +225,7 @@ class Keep:
     ordered: bool = False
     foreign: Tensor | list[Tensor] | None = None
     plans: list[FramePlan] | None = None
+    counts: list[int] | None = None
 
 
 @dataclass
@@ -248,7 +251,8 @@ class View:
         carry: per-token tensors [B, N, ...] that follow their tokens through later cuts of this call; a stage may add
             to it. This is where a score that accumulates over layers lives.
         notes: lines for the report; a stage may add what the user should know (see `note`).
-        part: (which, of how many) equal parts of an image this item is: a tile of a tiled image in `encode`.
+        part: (which, of how many) equal parts of an image this item is: a tile of a tiled image in `encode`; where tiles whose
+            share of the strategy's `keep` is the same are seen together, the first of them.
     """
 
     index: Tensor
@@ -278,7 +282,10 @@ class View:
         Raises:
             BudgetError: if a tile's share is less than a token.
         """
-        which, parts = self.part
+        return self._target(keep, self.part)
+
+    def _target(self, keep: Budget, part: tuple[int, int]) -> int:
+        which, parts = part
         if parts > 1 and isinstance(keep, int):
             share = keep // parts + (which < keep % parts)
             if share < 1:
@@ -318,6 +325,9 @@ class EncodeView(View):
         grid: (rows, columns) of the unpruned patches, or cells of them; None if they have none.
         cell: patches that make one visual token.
         remaining: blocks still to come after which the stage runs and may drop.
+        counts: where a strategy sees unequal items together (`Pruner.ragged`), how many patches each has; those behind them
+            only pad. None: all have N.
+        parts: of each item, as `part`, where items are seen together; None: all are as `part` says.
     """
 
     layer: int = 0
@@ -328,6 +338,20 @@ class EncodeView(View):
     grid: tuple[int, int] | None = None
     cell: int = 1
     remaining: int = 0
+    counts: list[int] | None = None
+    parts: list[tuple[int, int]] | None = None
+
+    def targets(self, keep: Budget) -> list[int]:
+        """The budget of each item, as `target`."""
+        return [self._target(keep, part) for part in self.parts or [self.part] * len(self.index)]
+
+    @property
+    def valid(self) -> Tensor | None:
+        """bool [B, N], False where a slot only pads; None if all are patches."""
+        if self.counts is None or min(self.counts) == self.tokens:
+            return None
+        counts = torch.tensor(self.counts, device=self.index.device)
+        return torch.arange(self.tokens, device=self.index.device) < counts[:, None]
 
 
 @dataclass
@@ -434,6 +458,7 @@ class Pruner:
         modality: "video" if it serves videos alone, "any" otherwise.
         reads_frames: whether `select` wants videos as they are before the model pools them (`SelectView.videos`).
         cells: whether `encode` can choose among patches of which several make one visual token (`EncodeView.cell`).
+        ragged: whether `encode` takes items of unequal counts in one view, padded on the right (`EncodeView.counts`).
         separators: whether the model's separators of rows (newlines of tiled pictures) stay in a picture that loses
             tokens before the decoder; a property where a field decides.
     """
@@ -446,6 +471,7 @@ class Pruner:
     modality: ClassVar[str] = "any"
     reads_frames: ClassVar[bool] = False
     cells: ClassVar[bool] = False
+    ragged: ClassVar[bool] = False
     separators: ClassVar[bool] = True
 
     keep: Budget | None

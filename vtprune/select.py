@@ -40,13 +40,24 @@ def top_ragged(scores: Tensor, counts: list[int]) -> list[Tensor]:
     return [row[:k].sort().values for row, k in zip(ranked(scores), counts, strict=True)]
 
 
-def top_cells(scores: Tensor, counts: list[int], cell: int) -> list[Tensor]:
-    """As `top_ragged`, but only whole cells of `cell` neighbours stay: those with the highest mean that hold `counts`."""
+def top_counts(scores: Tensor, counts: list[int]) -> Keep:
+    """As `top`, with a count of its own for each row, in one tensor."""
+    most = max(counts)
+    order = ranked(scores)[:, :most]
+    if min(counts) == most:
+        return Keep(order.sort(-1).values)
+    behind = torch.arange(most, device=scores.device) >= torch.tensor(counts, device=scores.device)[:, None]
+    return Keep(order.masked_fill(behind, scores.shape[1]).sort(-1).values, counts=counts)
+
+
+def top_cells(scores: Tensor, counts: list[int], cell: int) -> Keep:
+    """As `top_counts`, but only whole cells of `cell` neighbours stay: those with the highest mean that hold `counts`."""
     if cell == 1:
-        return top_ragged(scores, counts)
-    cells = top_ragged(scores.unflatten(1, (-1, cell)).float().mean(-1), [-(-n // cell) for n in counts])
+        return top_counts(scores, counts)
+    keep = top_counts(scores.unflatten(1, (-1, cell)).float().mean(-1), [-(-n // cell) for n in counts])
     within = torch.arange(cell, device=scores.device)
-    return [(kept[:, None] * cell + within).flatten() for kept in cells]
+    patches = (keep.indices[..., None] * cell + within).flatten(1)
+    return Keep(patches, counts=keep.counts and [n * cell for n in keep.counts])
 
 
 def chosen(mask: Tensor) -> Keep | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.engine.attention import Request, padding_mask
-from vtprune.engine.items import Choice, Doubts, Item, Past, checked, nothing_past, slice_rows, stack_carry, unstack_carry
+from vtprune.engine.items import Doubts, Item, Past, Picks, later, nothing_past, picked, slice_rows
 from vtprune.engine.stream import groups
 from vtprune.families.base import Layout, layouts_by_packing
 from vtprune.measure.clock import Clock
@@ -86,16 +86,37 @@ class Encoding:
         self.unpooled: Tensor | None = None  # what went into the pooling of a video's frames
         self.notes: list[str] = []
         self.doubts = Doubts()
-        self.items: list[Item] = []
         self.tokens: list[Item] | None = None  # where patches are joined behind the last block: what became of them
         self.sequence = 0
         self.lengths: list[list[int]] = []
+        # of all images, padded on the right: survivors' numbers, how many, what is carried with them (and by which images)
+        self.index: Tensor | None = None
+        self.counts: list[int] = []
+        self.carry: dict[str, tuple[Tensor, set[int]]] = {}
+        self.cuts: list[tuple[int, Tensor, list[int], set[int]]] = []
+        self.pasts: list[Callable[[], Past]] = []
+        self.ordered: list[bool] = []
+        self._items: list[Item] | None = None
         self._rows: Rows | None = None
         self._mask: Tensor | None = None
 
     @property
-    def counts(self) -> list[int]:
-        return [len(item.index) for item in self.items]
+    def items(self) -> list[Item]:
+        """What is left of each image."""
+        if self._items is None:
+            self._items = [self._item(at) for at in range(len(self.counts))]
+        return self._items
+
+    def _item(self, at: int) -> Item:
+        count = self.counts[at]
+        return Item(
+            self.index[at, :count],
+            (self.sequence - self.special,),
+            {name: tensor[at, :count] for name, (tensor, owners) in self.carry.items() if at in owners},
+            self.pasts[at],
+            [(block, index[at, : counts[at]]) for block, index, counts, changed in self.cuts if at in changed],
+            self.ordered[at],
+        )
 
     def tile_items(self) -> list[list[Item]]:
         """The items of each image's tiles."""
@@ -104,7 +125,7 @@ class Encoding:
 
     def pack(self, packing: Callable, arguments: dict):
         """Run the model's packing of tiles on features at full length, and note the layouts that it makes."""
-        patches = None if self.pruner is None else self.items[0].sizes[0]
+        patches = None if self.pruner is None else self.sequence - self.special
         self.layouts = layouts = self._layouts(packing, arguments, patches)
         if self.pruner is not None:
             arguments = {
@@ -120,7 +141,7 @@ class Encoding:
 
     def unpruned(self) -> list[list[int]]:
         """What each block that ran would have run on, had nothing left: `lengths` at full size."""
-        return [[self.sequence] * max(1, len(self.items))] * len(self.lengths)
+        return [[self.sequence] * max(1, len(self.counts))] * len(self.lengths)
 
     def _layouts(self, packing: Callable, arguments: dict, patches: int | None) -> list[Layout]:
         """The layouts of `pack`; those of sizes that were packed before are remembered."""
@@ -149,15 +170,15 @@ class Encoding:
         """Note what the block runs on; hand it a mask where rows are padded."""
         hidden = args[0] if args else kwargs["hidden_states"]
         if block == 0:
-            patches = hidden.shape[1] - self.special
-            if self.start is None:
-                index = torch.arange(patches, device=hidden.device)
-                self.items = [Item(index, (patches,)) for _ in range(hidden.shape[0])]
-            else:
+            batch, patches, past = len(hidden), hidden.shape[1] - self.special, nothing_past
+            index, size = torch.arange(patches, device=hidden.device), patches
+            if self.start is not None:
                 start = self.start
-                first = Item(start.index, (start.size,), past=lambda: (start.merged, []), cuts=[(-1, start.index)])
-                self.items = [first.copy() for _ in range(hidden.shape[0])]
-            self.sequence = self.special + self.items[0].sizes[0]
+                index, size, past = start.index, start.size, lambda: (start.merged, [])
+            self.index, self.counts = index.expand(batch, -1), [len(index)] * batch
+            self.pasts, self.ordered, self.carry = [past] * batch, [False] * batch, {}
+            self.cuts = [] if self.start is None else [(-1, self.index, self.counts, set(range(batch)))]
+            self._items, self.sequence = None, self.special + size
         self.lengths.append([self.special + n for n in self.counts])
         if self._mask is None:
             return None
@@ -168,11 +189,11 @@ class Encoding:
     def requests(self, block: int) -> Iterator[tuple[Request, Callable[[Rows], None]]]:
         """The attention rows wanted of a block."""
         need = self.needs.get(block)
-        if need is None or need.queries is None or not self.items:
+        if need is None or need.queries is None or not self.counts:
             return
         with self.clock.span("selection"):
             counts = self.counts
-            batch, longest, device = len(counts), max(counts), self.items[0].index.device
+            batch, longest, device = len(counts), max(counts), self.index.device
             columns = torch.arange(self.special, self.special + longest, device=device).expand(batch, -1)
             valid = None
             if min(counts) != longest:
@@ -193,33 +214,31 @@ class Encoding:
         with self.clock.span("selection"):
             hidden = output[0] if isinstance(output, tuple) else output
             rows, self._rows = self._rows, None
-            chosen = self._choose(block, hidden, rows)
-            if chosen is None:
+            found = self._choose(block, hidden, rows)
+            if not found:
                 return None
-            hidden = self._gather(hidden, chosen)
+            hidden = self._cut(block, hidden, found)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _choose(self, block: int, hidden: Tensor, rows: Rows | None) -> list[Choice] | None:
-        """The strategy's choice for every image, or None if nothing changes."""
-        counts = self.counts
-        chosen: list[Choice | None] = [None] * len(counts)
-        parts = self.parts or [(0, 1)] * len(counts)
-        remaining = sum(block < later < self.depth for later in self.needs)
-        for group in groups([(n, part, self._shape(i)) for i, (n, part) in enumerate(zip(counts, parts, strict=True))]):
-            n, items = counts[group[0]], [self.items[i] for i in group]
+    def _choose(self, block: int, hidden: Tensor, rows: Rows | None) -> list[tuple[list[int], Picks]]:
+        """What the strategy chose for groups of images; those of which nothing changes are left out."""
+        found = []
+        remaining = sum(block < other < self.depth for other in self.needs)
+        parts = self.parts or [(0, 1)] * len(self.counts)
+        for group in self._groups(parts):
+            counts = [self.counts[i] for i in group]
             view = EncodeView(
-                index=torch.stack([item.index for item in items]),
-                sizes=items[0].sizes,
-                carry=stack_carry(items),
                 notes=self.notes,
                 part=parts[group[0]],
                 layer=block,
                 depth=self.depth,
                 remaining=remaining,
-                **self._shown(group, n, hidden, rows),
+                counts=counts if min(counts) < max(counts) else None,
+                parts=[parts[i] for i in group],
+                **self._shown(group, max(counts), hidden, rows),
             )
             keep = self.pruner.encode(view)
-            unstack_carry(items, view.carry)
+            self._carry_on(group, view.carry)
             if keep is None:
                 continue
             if block >= self.depth:
@@ -227,54 +246,109 @@ class Encoding:
                     f"{self.pruner.name}.encode returned a choice after block {block}, but the projector is fed by the block "
                     f"before it: nothing can be dropped any more, only looked at."
                 )
-            choices = checked(keep, len(group), n, f"{self.pruner.name}.encode", doubts=self.doubts)
-            for i, choice in zip(group, choices, strict=True):
-                if choice.changes(n):
-                    self.items[i].cut(choice)
-                    self.items[i].cuts.append((block, self.items[i].index))
-                    chosen[i] = choice
-        if all(choice is None for choice in chosen):
-            return None
-        return [
-            Choice(torch.arange(n, device=hidden.device)) if choice is None else choice
-            for choice, n in zip(chosen, counts, strict=True)
-        ]
+            picks = picked(keep, counts, f"{self.pruner.name}.encode", self.doubts)
+            if picks.counts != counts or picks.hidden is not None or picks.ordered:
+                found.append((group, picks))
+        return found
 
-    def _shape(self, item: int) -> Any:
-        """What images of a view have in common besides their count."""
-        return self.items[item].sizes
+    def _groups(self, parts: list[tuple[int, int]]) -> list[list[int]]:
+        """Images that the strategy is shown together: all, if it takes them so, else those of equal count and share."""
+        if self.pruner.ragged:
+            return [list(range(len(self.counts)))]
+        keep = self.pruner.keep
+
+        def share(part: tuple[int, int]) -> tuple[int, bool]:
+            # of a whole number of tokens the first tiles get the remainder
+            return part[1], isinstance(keep, int) and part[0] < keep % part[1]
+
+        return groups([(n, share(part)) for n, part in zip(self.counts, parts, strict=True)])
 
     def _shown(self, group: list[int], n: int, hidden: Tensor, rows: Rows | None) -> dict[str, Any]:
-        """What a view shows of the images in `group`, which have `n` patches each."""
-        mine = hidden if len(group) == len(self.items) else hidden[group]
+        """What a view shows of the images in `group`, which have `n` patches each, or at the most."""
+        whole = len(group) == len(self.counts)
+        mine, index = (hidden, self.index) if whole else (hidden[group], self.index[group])
         return {
+            "index": index[:, :n],
+            "sizes": (self.sequence - self.special,),
+            "carry": {
+                name: (tensor if whole else tensor[group])[:, :n]
+                for name, (tensor, owners) in self.carry.items()
+                if owners.issuperset(group)
+            },
             "hidden": mine[:, self.special : self.special + n],
             "special": mine[:, : self.special],
             "rows": slice_rows(rows, group, n),
-            "grid": self.grid(self.items[group[0]].sizes[0]) if self.start is None else self.start.grid,
+            "grid": self.grid(self.sequence - self.special) if self.start is None else self.start.grid,
         }
 
-    def _gather(self, hidden: Tensor, chosen: list[Choice]) -> Tensor:
-        kept = [choice.kept for choice in chosen]
-        counts, special = [len(k) for k in kept], self.special
-        longest = max(counts)
-        index = torch.zeros(len(kept), special + longest, dtype=torch.long, device=hidden.device)
-        index[:, :special] = torch.arange(special, device=hidden.device)
-        if min(counts) == longest:
-            index[:, special:] = torch.stack(kept) + special
-            self._mask = None
+    def _carry_on(self, group: list[int], carry: dict[str, Tensor]) -> None:
+        """Keep what a strategy carries with the patches of `group`."""
+        self._items = None
+        batch, longest = len(self.counts), max(self.counts)
+        for name, mine in carry.items():
+            if len(group) == batch and mine.shape[1] == longest:
+                self.carry[name] = mine, set(group)
+                continue
+            before, owners = self.carry.get(name, (None, set()))
+            if before is None:
+                before = mine.new_zeros(batch, longest, *mine.shape[2:])
+            at = torch.tensor(group, device=mine.device)
+            padded = before[at].to(mine.dtype)
+            padded[:, : mine.shape[1]] = mine
+            self.carry[name] = before.index_copy(0, at, padded), owners | set(group)
+
+    def _cut(self, block: int, hidden: Tensor, found: list[tuple[list[int], Picks]]) -> Tensor:
+        """Leave the patches that were chosen; returns their hidden states."""
+        before = self.counts
+        if len(found) == 1 and len(found[0][0]) == len(before):
+            picks, counts = found[0][1].kept, found[0][1].counts
         else:
-            for i, k in enumerate(kept):
-                index[i, special : special + len(k)] = k + special
-            valid = torch.arange(special + longest, device=hidden.device) < torch.tensor(
-                [[special + n] for n in counts], device=hidden.device
-            )
-            self._mask = padding_mask(self.kernel(), valid, hidden.dtype)
-        shorter = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        for i, choice in enumerate(chosen):
-            if choice.hidden is not None:
-                shorter[i, special : special + counts[i]] = choice.hidden.to(shorter.dtype)
+            counts = list(before)
+            for group, mine in found:
+                for i, count in zip(group, mine.counts, strict=True):
+                    counts[i] = count
+            picks = torch.arange(max(counts), device=hidden.device).repeat(len(counts), 1)
+            # behind an image's last patch any number does
+            picks = picks.clamp(max=max(before) - 1)
+            for group, mine in found:
+                width = mine.kept.shape[1]
+                picks[torch.tensor(group, device=picks.device)[:, None], torch.arange(width, device=picks.device)] = mine.kept
+        self._remember(found)
+        self.index, self.counts, self._items = self.index.gather(1, picks), counts, None
+        self.carry = {name: (_along(tensor, picks), owners) for name, (tensor, owners) in self.carry.items()}
+        self.cuts.append((block, self.index, counts, {i for group, _ in found for i in group}))
+        return self._shortened(hidden, picks, found)
+
+    def _remember(self, found: list[tuple[list[int], Picks]]) -> None:
+        """Note what merges into what, for the report, and which images are rearranged."""
+        for group, mine in found:
+            for at, (i, count) in enumerate(zip(group, mine.counts, strict=True)):
+                self.ordered[i] = self.ordered[i] or mine.ordered
+                into, foreign = (None if t is None else t[at] for t in (mine.into, mine.foreign))
+                if into is not None or foreign is not None or self.pasts[i] is not nothing_past:
+                    index, kept = self.index[i, : self.counts[i]], mine.kept[at, :count]
+                    self.pasts[i] = later(self.pasts[i], index, kept, into, foreign)
+
+    def _shortened(self, hidden: Tensor, picks: Tensor, found: list[tuple[list[int], Picks]]) -> Tensor:
+        """`hidden` without what left, merged vectors in their places; notes the mask for rows that are padded from now on."""
+        counts, special = self.counts, self.special
+        longest, device = max(counts), hidden.device
+        places = torch.arange(special, device=device).expand(len(counts), -1)
+        index = torch.cat([places, picks + special], 1)
+        self._mask = None
+        if min(counts) < longest:
+            lengths = torch.tensor([[special + n] for n in counts], device=device)
+            self._mask = padding_mask(self.kernel(), torch.arange(special + longest, device=device) < lengths, hidden.dtype)
+        shorter = _along(hidden, index)
+        for group, mine in found:
+            for at, i in enumerate(group if mine.hidden is not None else ()):
+                shorter[i, special : special + counts[i]] = mine.hidden[at].to(shorter.dtype)
         return shorter
+
+
+def _along(t: Tensor, index: Tensor) -> Tensor:
+    """t[b, index[b]] for t [B, N, ...] and index [B, K]."""
+    return t.gather(1, index.view(*index.shape, *[1] * (t.ndim - 2)).expand(*index.shape, *t.shape[2:]))
 
 
 class ImageTokens:

@@ -118,8 +118,7 @@ class Item:
     def cut(self, choice: Choice) -> None:
         """Keep the chosen tokens."""
         if choice.into is not None or choice.foreign is not None or self.past is not nothing_past:
-            before, index = self.past, self.index
-            self.past = cache(lambda: _merged(before(), index, choice.kept, choice.into, choice.foreign))
+            self.past = later(self.past, self.index, choice.kept, choice.into, choice.foreign)
         self.index = self.index[choice.kept]
         self.carry = {name: t[choice.kept] for name, t in self.carry.items()}
         self.ordered = self.ordered or choice.ordered
@@ -128,6 +127,13 @@ class Item:
     def copy(self) -> Item:
         """Another item with the same content, for another call over the same features."""
         return Item(self.index, self.sizes, dict(self.carry), self.past, list(self.cuts), self.ordered, self.plan)
+
+
+def later(
+    before: Callable[[], Past], index: Tensor, kept: Tensor, into: Tensor | None, foreign: Tensor | None
+) -> Callable[[], Past]:
+    """The past of what is left of `index` after a cut, found when it is asked for."""
+    return cache(lambda: _merged(before(), index, kept, into, foreign))
 
 
 def _merged(before: Past, index: Tensor, kept: Tensor, into: Tensor | None, foreign: Tensor | None) -> Past:
@@ -171,6 +177,79 @@ def slice_rows(rows: Rows | None, group: list[int], count: int) -> Rows | None:
     return Rows(
         tokens(rows.logits, 3), rows.lse[group], rows.valid[group], tokens(rows.keys, 2), tokens(rows.values, 2), queries
     )
+
+
+@dataclass
+class Picks:
+    """A strategy's answer for several items, checked, in tensors for all of them.
+
+    Parameters:
+        kept: LongTensor [G, K], positions in the view, ascending unless `ordered`; of item g the first counts[g].
+        counts: how many each item keeps.
+        hidden: per item [K_g, ...], or None; into, foreign: as in `Keep`, or None.
+    """
+
+    kept: Tensor
+    counts: list[int]
+    ordered: bool = False
+    hidden: Tensor | list[Tensor] | None = None
+    into: Tensor | list[Tensor] | None = None
+    foreign: Tensor | list[Tensor] | None = None
+
+    def choices(self) -> list[Choice]:
+        """One choice per item."""
+        return [
+            Choice(
+                self.kept[at, :count],
+                None if self.hidden is None else self.hidden[at],
+                None if self.into is None else self.into[at],
+                self.ordered,
+                None if self.foreign is None else self.foreign[at],
+            )
+            for at, count in enumerate(self.counts)
+        ]
+
+
+def picked(keep: Keep, tokens: list[int], who: str, doubts: Doubts) -> Picks:
+    """An `encode` strategy's answer, checked.
+
+    Parameters:
+        tokens: how many each item of the view has; doubts: where to leave checks that are to be read later.
+    Raises:
+        VtpruneError: for indices of the wrong shape, repeated, out of range, or none at all.
+    """
+    if not isinstance(keep, Keep):
+        raise VtpruneError(f"{who} returned a {type(keep).__name__}, not a Keep (or None to keep all).")
+    items, indices, counts = len(tokens), keep.indices, keep.counts
+    if isinstance(indices, list):
+        if len(indices) != items or any(i.dtype != torch.long or i.ndim != 1 for i in indices):
+            raise VtpruneError(f"{who} returned indices for {len(indices)} of {items} items, or not as 1-D int64 per item.")
+        counts = [len(index) for index in indices]
+        indices = torch.nn.utils.rnn.pad_sequence(indices, batch_first=True)
+    elif indices.dtype != torch.long or indices.ndim != 2 or len(indices) != items:
+        raise VtpruneError(f"{who} returned indices {list(indices.shape)} for {items} items, or not as int64 [items, kept].")
+    counts = [indices.shape[1]] * items if counts is None else counts
+    if len(counts) != items or not all(0 < count <= indices.shape[1] for count in counts):
+        raise VtpruneError(f"{who} kept no token of an image; at least one must enter the decoder.")
+    longest = max(counts)
+    indices, limit = indices[:, :longest], tokens[0]
+    ragged = min(counts) < longest or min(tokens) < max(tokens)
+    if ragged:
+        device, places = indices.device, torch.arange(longest, device=indices.device)
+        limits, real = torch.tensor([tokens, counts], device=device)[..., None]
+        # what only pads gets numbers of its own, behind all others
+        indices = torch.where(places < real, indices.masked_fill(indices >= limits, -1), max(tokens) + places)
+        limit = max(tokens) + longest
+    rows = indices.sort(-1).values
+    wrong = (rows[:, 0] < 0) | (rows[:, -1] >= limit) | (rows[:, 1:] == rows[:, :-1]).any(1)
+    doubts.add(wrong.any(), f"{who} returned indices that repeat or lie outside 0 .. {max(tokens) - 1}.")
+    kept = indices if keep.ordered else rows
+    if ragged or kept.device.type != "cpu":
+        # an index out of range would end the whole process's use of the device before the check is read
+        kept = kept.clamp(0, max(tokens) - 1)
+    if keep.hidden is not None and any(len(hidden) != count for hidden, count in zip(keep.hidden, counts, strict=True)):
+        raise VtpruneError(f"{who} returned {[len(h) for h in keep.hidden]} vectors for {counts} kept tokens.")
+    return Picks(kept, counts, keep.ordered, keep.hidden, keep.into, keep.foreign)
 
 
 class Doubts:
@@ -217,13 +296,16 @@ def checked(keep: Keep, items: int, tokens: int, who: str, least: int = 1, doubt
     if not isinstance(keep, Keep):
         raise VtpruneError(f"{who} returned a {type(keep).__name__}, not a Keep (or None to keep all).")
     indices = list(keep.indices)
+    if keep.counts is not None:
+        indices = [row[:count] for row, count in zip(indices, keep.counts, strict=True)]
     if len(indices) != items or any(i.dtype != torch.long or i.ndim != 1 for i in indices):
         raise VtpruneError(f"{who} returned indices for {len(indices)} of {items} items, or not as 1-D int64 per item.")
     hidden, into, foreign = (None if t is None else list(t) for t in (keep.hidden, keep.into, keep.foreign))
     if any(len(index) < least for index in indices):
         raise VtpruneError(f"{who} kept no token of an image; at least one must enter the decoder.")
     # one check for all items where they keep equally many
-    sets = [keep.indices] if isinstance(keep.indices, Tensor) else [index[None] for index in indices]
+    together = isinstance(keep.indices, Tensor) and keep.counts is None
+    sets = [keep.indices] if together else [index[None] for index in indices]
     sets = [rows.sort(-1).values for rows in sets]
     now = Doubts() if doubts is None else doubts
     for rows in sets:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vtprune.engine.attention import Request
 from vtprune.engine.encoding import Encoding
-from vtprune.engine.items import Choice, Item
+from vtprune.engine.items import Item, Picks, stack_carry, unstack_carry
+from vtprune.engine.stream import groups
 from vtprune.families.base import Layout, Tower
 from vtprune.pruner import Needs, Pruner, Rows, UnsupportedError, VtpruneError
 
@@ -96,7 +97,8 @@ class PackedEncoding(Encoding):
             self.number = (self.order.to(device)[:, None] * self.tower.cell + within).flatten()
         self.place = torch.empty_like(number).index_copy_(0, self.number, number)
         self.flow = number  # the places that are left
-        self.items = [Item(torch.arange(n * self.tower.cell, device=device), (n,)) for n in self.cells]
+        self._items = [Item(torch.arange(n * self.tower.cell, device=device), (n,)) for n in self.cells]
+        self.counts = [len(item.index) for item in self._items]
 
     def _closed_up(self, bounds: Tensor) -> Tensor:
         """Bounds of what is left within `bounds`; between two of them there is something."""
@@ -116,13 +118,17 @@ class PackedEncoding(Encoding):
             columns = self._at(item)[None]
             yield Request(need, None, None, columns - columns.min(), None, None), lambda rows: self._found.update({item: rows})
 
-    def _shape(self, item: int) -> Any:
-        return self.grids[item]
+    def _groups(self, parts: list[tuple[int, int]]) -> list[list[int]]:
+        return groups(list(zip(self.counts, self.grids, strict=True)))
 
     def _shown(self, group: list[int], n: int, hidden: Tensor, rows: Rows | None) -> dict[str, Any]:
+        items = [self.items[i] for i in group]
         found = [self._found.pop(i) for i in group if i in self._found]
         mine = torch.stack([hidden[self._at(i)] for i in group])
         return {
+            "index": torch.stack([item.index for item in items]),
+            "sizes": items[0].sizes,
+            "carry": stack_carry(items),
             "hidden": mine,
             "special": mine[:, :0],
             "rows": _stacked(found) if found else None,
@@ -130,11 +136,19 @@ class PackedEncoding(Encoding):
             "cell": self.tower.cell,
         }
 
-    def _gather(self, hidden: Tensor, chosen: list[Choice]) -> Tensor:
-        if any(choice.hidden is not None or choice.ordered for choice in chosen):
-            raise VtpruneError(
-                f"{self.pruner.name}.encode merged or rearranged patches, which this vision tower will join by their places."
-            )
+    def _carry_on(self, group: list[int], carry: dict[str, Tensor]) -> None:
+        unstack_carry([self.items[i] for i in group], carry)
+
+    def _cut(self, block: int, hidden: Tensor, found: list[tuple[list[int], Picks]]) -> Tensor:
+        for group, picks in found:
+            if picks.hidden is not None or picks.ordered:
+                raise VtpruneError(
+                    f"{self.pruner.name}.encode merged or rearranged patches, which this tower will join by their places."
+                )
+            for item, choice in zip((self.items[i] for i in group), picks.choices(), strict=True):
+                item.cut(choice)
+                item.cuts.append((block, item.index))
+        self.counts = [len(item.index) for item in self.items]
         left = [self.place[item.index + begin] for item, begin in zip(self.items, self.begins, strict=False)]
         before, self.flow = self.flow, torch.cat(left).sort().values
         self._bounds.clear()

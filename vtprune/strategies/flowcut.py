@@ -28,42 +28,62 @@ from vtprune.select import top, top_cells
 SPLITS, NEWLINES, GROUPS = ("image", "tile"), ("model", "none"), ("cells", "survivors")
 
 
-def share(weights: Tensor) -> Tensor:
-    """[B, N] weights of any float dtype, in fp32 and scaled to sum 1; flat where a row has underflowed to zero."""
+def share(weights: Tensor, valid: Tensor | None = None) -> Tensor:
+    """[B, N] weights of any float dtype, in fp32 and scaled to sum 1; flat where a row has underflowed to zero.
+
+    Parameters:
+        valid: bool [B, N], False where a slot only pads and its weight is zero; None if none does.
+    """
     weights = weights.float()
-    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, torch.ones_like(weights))
+    flat = torch.ones_like(weights) if valid is None else valid.float()
+    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, flat)
     return weights / weights.sum(-1, keepdim=True)
 
 
-def flow_score(attention: Tensor, semantic: Tensor, value: Tensor, semantic_weight: float = 1.0) -> Tensor:
+def flow_score(
+    attention: Tensor, semantic: Tensor, value: Tensor, semantic_weight: float = 1.0, valid: Tensor | None = None
+) -> Tensor:
     """(attention share + semantic_weight * semantic share) * L1 norm of the head-mean value.
 
     Parameters:
         attention, semantic: [B, N] head means, each renormalised here over the N patches.
-        value: [B, N, d] head-mean value vectors.
+        value: [B, N, d] head-mean value vectors; valid: as for `share`.
     Returns:
         [B, N] fp32.
     """
-    return (share(attention) + semantic_weight * share(semantic)) * value.float().abs().sum(-1)
+    return (share(attention, valid) + semantic_weight * share(semantic, valid)) * value.float().abs().sum(-1)
 
 
-def entropy_ratio(attention: Tensor, epsilon: float = 0.0) -> Tensor:
+def entropy_ratio(attention: Tensor, epsilon: float = 0.0, valid: Tensor | None = None) -> Tensor:
     """[B] entropy of the attention [B, N] over its maximum ln N: 1 for flat, 0 for a single peak.
 
     Parameters:
         epsilon: added to p in ln p. The published code adds 1e-7 without a class token, and does not renormalise then.
+        valid: as for `share`; N counts these alone.
     """
-    p = attention.float() if epsilon else share(attention)
+    p = attention.float() if epsilon else share(attention, valid)
     # xlogy is 0 at p = 0, where p * ln p would be NaN
-    return -torch.special.xlogy(p, p + epsilon).sum(-1) / math.log(max(attention.shape[-1], 2))
+    entropy = -torch.special.xlogy(p, p + epsilon).sum(-1)
+    return entropy / (math.log(max(p.shape[-1], 2)) if valid is None else valid.sum(-1).clamp(min=2).log())
 
 
 def drop_count(
-    attention: Tensor, target: int, remaining: int, entropy_power: float, depth_power: float, epsilon: float = 0.0
+    attention: Tensor,
+    target: int | Tensor,
+    remaining: int,
+    entropy_power: float,
+    depth_power: float,
+    epsilon: float = 0.0,
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """[B] patches to drop now: round((N - target) / remaining^depth_power * (1 - r^entropy_power)), never negative."""
-    ratio = entropy_ratio(attention, epsilon)
-    drop = (attention.shape[-1] - target) / remaining**depth_power * (1 - ratio**entropy_power)
+    """[B] patches to drop now: round((N - target) / remaining^depth_power * (1 - r^entropy_power)), never negative.
+
+    Parameters:
+        target: of all rows, or LongTensor [B]; others as for `entropy_ratio`.
+    """
+    ratio = entropy_ratio(attention, epsilon, valid)
+    patches = attention.shape[-1] if valid is None else valid.sum(-1)
+    drop = (patches - target) / remaining**depth_power * (1 - ratio**entropy_power)
     return drop.clamp(min=0).round().long()
 
 
@@ -116,6 +136,7 @@ class FlowCut(Pruner):
     paper = "FlowCut, arXiv 2505.19536 (NeurIPS 2025)"
     positions = "compact"
     cells = True
+    ragged = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,18 +174,21 @@ class FlowCut(Pruner):
         return dict.fromkeys(range(encoder.depth - 1), Needs(queries="cls", values=True))
 
     def encode(self, view: EncodeView) -> Keep | None:
-        per_tile = budget_tokens(self.keep, view.total)
-        target = view.cell * (per_tile if self.split == "tile" else view.target(self.keep))
-        if view.tokens <= target:
+        total, counts, valid = view.total, view.counts or [view.tokens] * len(view.index), view.valid
+        wanted = [budget_tokens(self.keep, total)] * len(counts) if self.split == "tile" else view.targets(self.keep)
+        targets = [view.cell * one for one in wanted]
+        if all(n <= target for n, target in zip(counts, targets, strict=True)):
             return None
         rows, epsilon = view.rows, 0.0
         attention, value = rows.attention()[:, :, 0].mean(1), rows.values.mean(1)
         if view.special.shape[1]:
             # value similarity to CLS as a distribution over CLS and the patches; unscaled, as in the published code
-            to_patch = torch.einsum("bhd,bhnd->bhn", rows.query_values[:, :, 0], rows.values)
-            to_cls = rows.query_values[:, :, 0].square().sum(-1, keepdim=True)
-            semantic = torch.cat([to_cls, to_patch], -1).softmax(-1)[..., 1:].mean(1)
-            score = flow_score(attention, semantic, value, self.semantic_weight)
+            query = rows.query_values[:, :, 0]
+            to_patch = torch.einsum("bhd,bhnd->bhn", query, rows.values)
+            if valid is not None:
+                to_patch = to_patch.masked_fill(~valid[:, None], -torch.inf)
+            semantic = torch.cat([query.square().sum(-1, keepdim=True), to_patch], -1).softmax(-1)[..., 1:].mean(1)
+            score = flow_score(attention, semantic, value, self.semantic_weight, valid)
         else:
             view.note("flowcut: no class token, so flow is that to the mean query of all patches, values are not compared.")
             score, epsilon = attention * value.abs().sum(-1), 1e-7
@@ -174,11 +198,14 @@ class FlowCut(Pruner):
 
         if view.remaining % self.every:
             return None
-        counts = [target] * len(flow)
+        left = [min(n, target) for n, target in zip(counts, targets, strict=True)]
         if view.remaining:
-            drop = drop_count(attention, target, view.remaining, self.entropy_power, self.depth_power, epsilon)
-            counts = [max(view.tokens - p, target) for p in drop.tolist()]
-        return Keep(top_cells(flow, counts, view.cell if self.groups == "cells" else 1))
+            target = targets[0] if len(set(targets)) == 1 else torch.tensor(targets, device=flow.device)
+            drop = drop_count(attention, target, view.remaining, self.entropy_power, self.depth_power, epsilon, valid)
+            left = [max(n - p, k) for n, p, k in zip(counts, drop.tolist(), left, strict=True)]
+        if valid is not None:
+            flow = flow.masked_fill(~valid, -torch.inf)
+        return top_cells(flow, left, view.cell if self.groups == "cells" else 1)
 
     # Stage L, in the decoder.
     def prefill_needs(self, depth: int) -> dict[int, Needs]:
