@@ -3,11 +3,12 @@ vectors of the published code, and the promises."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import pytest
 import torch
+import transformers
 from models import IMAGE, preencoding, tiny_llava, tiny_qwen, tiny_tiled
 from oracle import Watch, _window_index, oracle_logits
 from test_families import PROMPTS, besides, fed, inputs_of, run
@@ -16,9 +17,9 @@ from transformers import DynamicCache
 
 import vtprune
 from vtprune.engine.attention import Request, attention_rows
-from vtprune.families.base import Layout, Site
+from vtprune.families.base import Layout, Site, Tower
 from vtprune.families.llava import LLAVA_NEXT
-from vtprune.families.qwen import _by_window
+from vtprune.families.qwen import QWEN_VL, _by_window
 from vtprune.pruner import Keep, Needs
 from vtprune.strategies.flowcut import drop_count
 
@@ -26,8 +27,6 @@ QWEN = "flowcut_qwen_vit_d8_16x12_t8"
 
 
 def golden_qwen(attn: str):
-    import transformers
-
     z = golden(QWEN)
     vision = {
         "depth": int(z["depth"]),
@@ -104,8 +103,6 @@ def test_unit_scores_of_published_code_without_a_class_token():
 @torch.no_grad()
 def test_published_tile_merging():
     """Kept tokens of the tiles in global raster order behind the whole picture's, without padding and newlines."""
-    import transformers
-
     z = golden("flowcut_anyres_sq22_landscape")
     features, kept = tensor(z["tile_features"]), tensor(z["keep_indices"])
     width = features.shape[-1]
@@ -378,6 +375,58 @@ def test_windows_close_up():
     assert lengths == full == encoding.unpruned() and encoding.lengths[:2] == full[:2]
     assert encoding.lengths[3] == encoding.lengths[5] == [4 * 8, 4 * 10]
     assert all(sum(n) == 4 * 18 and min(n) > 0 and max(n) <= 16 for n in (encoding.lengths[2], encoding.lengths[4]))
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Qwen3VLModel"), reason="needs Qwen3-VL")
+@torch.no_grad()
+def test_towers_that_join_patches_between_blocks_as_well(monkeypatch):
+    """Features of inner blocks come at full length, too: each of them of the cells that were left there."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "depth": 4, "out_hidden_size": 32}
+    config = transformers.Qwen3VLConfig(
+        vision_config={**sizes, "patch_size": 8, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]},
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": 100,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        },
+        image_token_id=IMAGE,
+        video_token_id=98,
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen3VLModel._from_config(config, attn_implementation="sdpa").eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    tower = Tower(4, inner=("visual.deepstack_merger_list",))
+    family = replace(QWEN_VL, name="mine", base_classes=("Qwen3VLModel",), packed=lambda base: tower)
+    monkeypatch.setattr("vtprune.families.FAMILIES", (family,))
+    _, given = inputs("qwen2", [[1, "A", "B"]])
+
+    def features():
+        output = model.get_image_features(**given[0], return_dict=True)
+        # newer versions split these by picture as well
+        levels = [level if isinstance(level, torch.Tensor) else torch.cat(list(level)) for level in output.deepstack_features]
+        return torch.cat(list(output.pooler_output)), levels
+
+    whole, inner = features()
+    with vtprune.pruning(model, Fixed(block=2)):
+        left, less = features()
+    kept = torch.cat([torch.arange(0, 24, 3), torch.arange(0, 30, 3) + 24])
+    others = torch.ones(54, dtype=torch.bool)
+    others[kept] = False
+    torch.testing.assert_close(less[0], inner[0])  # before the cut
+    torch.testing.assert_close(less[1][kept], inner[1][kept], atol=1e-5, rtol=1e-5)  # of the block that it comes after
+    assert not less[1][others].any() and not left[others].any() and left[kept].any(-1).all()
+    assert not torch.allclose(left[kept], whole[kept], atol=1e-3)  # a block follows, in which others are missed
+    with vtprune.pruning(model, Fixed(block=1, odd=True)), pytest.raises(vtprune.UnsupportedError, match="whole cells of 4"):
+        features()
+    again, _ = features()
+    assert torch.equal(again, whole)
 
 
 def test_pictures_beside_videos():

@@ -154,6 +154,21 @@ class PackedEncoding(Encoding):
         self._bounds.clear()
         return hidden[torch.searchsorted(before, self.flow)]
 
+    def check_cells(self) -> None:
+        """Refuse to join what is left between two blocks, where it is no whole cells: later cuts would join it otherwise.
+
+        Raises:
+            UnsupportedError: naming the strategy.
+        """
+        if self.pruner is None or len(self.flow) == self.begins[-1]:
+            return
+        cells, cell = self.flow // self.tower.cell, self.tower.cell
+        if len(cells) % cell or bool((cells.view(-1, cell) != cells[::cell, None]).any()):
+            raise UnsupportedError(
+                f"{self.pruner.name} kept patches one by one, but this vision tower joins {cell} at a time between blocks, "
+                f"too, where they are not yet the ones that will be left. Have it keep whole cells of {cell} patches."
+            )
+
     def join(self) -> None:
         """Note which tokens what is left is about to be joined to."""
         if self.pruner is not None:
@@ -161,7 +176,7 @@ class PackedEncoding(Encoding):
                 self.tokens = [self._token_item(i) for i in range(len(self.items))]
 
     def spread(self, joined: Tensor) -> Tensor | None:
-        """The tokens [T, D] that the patches were joined to, at full length; None where nothing left."""
+        """The tokens [T, D] that the patches left so far were joined to, at full length; None where nothing left."""
         if self.pruner is None or len(self.flow) == self.begins[-1]:
             return None
         with self.clock.span("selection"):

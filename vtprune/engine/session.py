@@ -173,6 +173,9 @@ class Session:
         if self.site.tower is not None:
             self._hook(self.site.projector.register_forward_pre_hook, self._before_joining)
             self._hook(self.site.projector.register_forward_hook, self._after_joining)
+        for module in self.site.inner_joins:
+            self._hook(module.register_forward_pre_hook, self._before_inner)
+            self._hook(module.register_forward_hook, self._after_joining)
         for at, block in enumerate(self.site.encoder_layers):
             if self.site.family.sealed and self.site.tower is None:
                 self._hook(block.register_forward_pre_hook, self._count_block, with_kwargs=True)
@@ -428,6 +431,11 @@ class Session:
         encoding = getattr(self._local, "encoding", None)
         if encoding is not None:
             encoding.join()
+
+    def _before_inner(self, module, args) -> None:
+        encoding = getattr(self._local, "encoding", None)
+        if encoding is not None:
+            encoding.check_cells()
 
     def _after_joining(self, module, args, output):
         encoding = getattr(self._local, "encoding", None)

@@ -121,11 +121,13 @@ class Tower:
         windowed: blocks that attend within windows of a picture only.
         order: layouts -> LongTensor, for each place in the sequence the cell that is there, numbered over all pictures in
             raster order; None where that is the order.
+        inner: dotted paths below the base model of lists of modules that join the patches of inner blocks in the same way.
     """
 
     cell: int
     windowed: frozenset[int] = frozenset()
     order: Callable[[list[Layout]], Tensor] | None = None
+    inner: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,12 @@ class Site:
     def tower(self) -> Tower | None:
         """What is known of a packed vision tower, or None for others."""
         return None if self.family.packed is None else self.family.packed(self.base)
+
+    @cached_property
+    def inner_joins(self) -> list[nn.Module]:
+        """What joins patches between the blocks of a packed vision tower."""
+        paths = () if self.tower is None else self.tower.inner
+        return [module for path in paths for module in self._must((path,), "modules that join patches of inner blocks")]
 
     @cached_property
     def rotary(self) -> nn.Module:
