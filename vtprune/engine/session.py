@@ -96,6 +96,7 @@ class Session:
             dict(part["prefill"].prefill_needs(depth)) if part["prefill"] else {},
             dict(part["decode"].decode_needs(depth)) if part["decode"] else {},
         )
+        _ = self.plan.kinds  # refuses decoders whose masks are not known
         self._check_layers(self.plan.prefill, 1, depth, "prefill")
         if any(need.ahead and (need.values or need.queries is None) for need in self.plan.prefill.values()):
             raise VtpruneError(f"{part['prefill'].name}: Needs(ahead=True) gives rows and keys; it needs queries, not values.")
@@ -462,9 +463,11 @@ class Session:
         self._local.running = None
         call = getattr(self._local, "call", None)
         if call is not None and any(call.features.values()):
-            running = Pass(self.plan, call.clock, call.input_ids, *call.in_order(), aside=self._aside)
+            running = Pass(
+                self.plan, call.clock, call.input_ids, *call.in_order(), aside=self._aside, fed_mask=call.attention_mask
+            )
         else:
-            running = Pass(self.plan, NoClock())
+            running = Pass(self.plan, NoClock(), fed_mask=... if call is None else call.attention_mask)
         self._local.running = running
         changed = running.begin(self._arguments("decoder", args, kwargs))
         return None if changed is None else ((), changed)
