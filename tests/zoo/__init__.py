@@ -39,6 +39,7 @@ class Kind:
         types: padded input_ids [B, L] -> further inputs (mm_token_type_ids, token_type_ids).
         said: what `types` is of generated tokens, where that is not what it is of text in a prompt.
         needs: names that transformers must have; older versions skip the family.
+        windowed: whether all decoder layers keep a window of tokens alone that is shorter than a prompt.
         patch_pixels: pixels along a visual token of `picture` at its own scale, for overlays; 0 where it varies.
     """
 
@@ -50,6 +51,7 @@ class Kind:
     types: Callable[[Tensor], Given] = nothing
     said: tuple[tuple[str, int], ...] = ()
     needs: tuple[str, ...] = ()
+    windowed: bool = False
     patch_pixels: int = 0
 
     @property

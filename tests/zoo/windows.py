@@ -59,8 +59,8 @@ def qwen2_5(attn: str):
 _QWEN = next(kind for kind in QWEN2 if kind.name == "qwen2.5")
 
 KINDS = [
-    Kind("llava-mistral-window", llava_mistral, plain, patch_pixels=8),
+    Kind("llava-mistral-window", llava_mistral, plain, windowed=True, patch_pixels=8),
     Kind("llava-cohere2", llava_cohere2, plain, patch_pixels=8),
-    Kind("mistral3-window", mistral3, any_size, patch_pixels=16),
+    Kind("mistral3-window", mistral3, any_size, windowed=True, patch_pixels=16),
     Kind("qwen2.5-window", qwen2_5, _QWEN.picture, positions=_QWEN.positions, types=_QWEN.types),
 ]

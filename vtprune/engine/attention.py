@@ -249,6 +249,7 @@ def kernel_mask(
     index: Tensor,
     dtype: torch.dtype,
     seen: Tensor | None = None,
+    causal: bool = True,
 ) -> Tensor | None:
     """The mask of a layer in the form that `kernel` takes; None wherever the kernel needs none.
 
@@ -257,6 +258,7 @@ def kernel_mask(
         keys_valid: bool [B, past + queries], or None if all are real.
         index: any tensor [B, ...] on the right device.
         seen: bool [B, queries, past + queries], where attention is not plainly causal.
+        causal: whether the layer attends causally where it is handed no mask.
     Raises:
         UnsupportedError: for a kernel whose mask form is not known here, or that takes none such as `seen`.
     """
@@ -276,7 +278,7 @@ def kernel_mask(
     if seen is not None:
         allowed = seen[:, None]
     # one query sees everything; sdpa is causal by itself when queries and keys are equally many
-    elif keys_valid is None and (queries == 1 or (past == 0 and kernel == "sdpa")):
+    elif keys_valid is None and (queries == 1 or (past == 0 and kernel == "sdpa" and causal)):
         return None
     else:
         allowed = causal_mask(queries, past, keys_valid, index.device).expand(index.shape[0], -1, -1, -1)

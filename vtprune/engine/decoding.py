@@ -75,7 +75,7 @@ class Plan:
 
     @cached_property
     def kinds(self) -> Kinds:
-        return Kinds.of(self.site.decoder.config, self.depth)
+        return Kinds.of(self.site.decoder.config, self.depth, self.site.family.prepares_masks)
 
 
 @dataclass
@@ -188,7 +188,7 @@ class Pass:
             mask = None  # transformers makes its own 4-D masks for caches that it compiles; nothing will be cut here
         valid = self.fed_valid = self._read_mask(mask, past, length)
         self.masks = Masks(self.plan.kinds, past, length)
-        self.masks.read(own, valid)
+        self.masks.read(own, valid, self.plan.kernel, device)
         self.logical = kwargs.get("position_ids")
         if self.logical is not None and self.logical.ndim == 3 and self.logical.shape[0] == 4:
             self.logical = self.logical[1:]  # the first axis only tells packed sequences apart
@@ -435,12 +435,12 @@ class Pass:
     def _layer_arguments(self, layer: int, hidden: Tensor, kwargs: dict) -> dict:
         stream, kernel, held = self.stream, self.plan.kernel, self.held[layer]
         cached = None if self.cache is None else self._swapped(layer, self.past_valid, self.masks.past)
-        queries, compact = stream.index.shape[1], self.plan.compact
+        queries, compact, causal = stream.index.shape[1], self.plan.compact, self.plan.kinds.causal
         keys_valid = self._keys_valid(stream, held)
         seen = self.masks.seen(layer, stream, held, keys_valid, compact)
         mask = stream.memo(
             ("mask", kernel, held.past, id(keys_valid), id(seen)),
-            lambda: kernel_mask(kernel, queries, held.past, keys_valid, stream.index, hidden.dtype, seen),
+            lambda: kernel_mask(kernel, queries, held.past, keys_valid, stream.index, hidden.dtype, seen, causal),
             keys_valid,
             seen,
         )

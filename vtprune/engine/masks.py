@@ -34,17 +34,21 @@ class Kinds:
     Parameters:
         names: each layer's type, as its mask is named where a model makes several; None where all are of one.
         windows: each layer's sliding window, or None.
+        causal: whether layers that are handed no mask attend causally; in both directions otherwise (under sdpa).
     """
 
     names: tuple[str | None, ...]
     windows: tuple[int | None, ...]
+    causal: bool = True
 
     @classmethod
-    def of(cls, config: Any, depth: int) -> Kinds:
+    def of(cls, config: Any, depth: int, prepared: bool = False) -> Kinds:
         """The kinds of `depth` layers.
 
+        Parameters:
+            prepared: whether the masks of a decoder that is set to attend in both directions are made by the model around it.
         Raises:
-            UnsupportedError: for attention that cannot be cut (chunks; bidirectional throughout).
+            UnsupportedError: for attention that cannot be cut (chunks; in both directions throughout).
         """
         names, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
         chunk = getattr(config, "attention_chunk_size", None)
@@ -56,13 +60,14 @@ class Kinds:
                 f"the decoder ({getattr(config, 'model_type', 'unknown')}) has layers of {', '.join(odd)}: which tokens see "
                 f"each other in them is not known here, so none can be dropped. Served are full attention and sliding windows."
             )
-        if getattr(config, "use_bidirectional_attention", None) in (True, "all") or not getattr(config, "is_causal", True):
+        causal = getattr(config, "use_bidirectional_attention", None) not in (True, "all")
+        if not (causal or prepared) or not getattr(config, "is_causal", True):
             raise UnsupportedError(
                 f"the decoder ({getattr(config, 'model_type', 'unknown')}) attends in both directions throughout, as encoders "
                 f"of text do; pruning is for decoders that generate."
             )
         windows = tuple(window if name in (None, "sliding_attention") else None for name in names[:depth])
-        return cls(tuple(names[:depth]), windows)
+        return cls(tuple(names[:depth]), windows, causal)
 
 
 @dataclass
@@ -103,14 +108,19 @@ class Masks:
     length: int = 0
     beyond: dict[str | None, Tensor] = field(default_factory=dict)
 
-    def read(self, own: Any, valid: Tensor | None) -> None:
+    def read(self, own: Any, valid: Tensor | None, kernel: str, device: torch.device) -> None:
         """Take note of the masks that the model made for its language model.
 
         Parameters:
             own: a 4-D mask, several by layer type, or None; valid: bool [B, L], the fed tokens that are real, or None.
         """
-        if own is None or self.length == 1:
+        if self.length == 1:
             return  # a single token sees nothing later, and no model shows it more than the others
+        if own is None and not self.kinds.causal and kernel == "sdpa" and self.past == 0:
+            later = torch.ones(1, self.length, self.length, dtype=torch.bool, device=device).triu(1)
+            self.beyond = dict.fromkeys(self.kinds.names, later)
+        if own is None:
+            return
         given = own if isinstance(own, Mapping) else dict.fromkeys(self.kinds.names, own)
         for name, mask in given.items():
             if name not in self.kinds.names or not isinstance(mask, Tensor):

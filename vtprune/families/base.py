@@ -123,6 +123,8 @@ class Family:
             them are one image.
         sealed: why no token can leave inside the vision encoder, or "" if it can.
         positions: what positions the decoder's embedding allows.
+        prepares_masks: whether the model makes its decoder's masks itself, though the decoder is set to attend in both
+            directions.
         norm, query, key: names of the norm, query and key projections within a decoder block and its `self_attn`.
     """
 
@@ -146,6 +148,7 @@ class Family:
     runs: bool = False
     sealed: str = ""
     positions: tuple[str, ...] = ("original", "compact")
+    prepares_masks: bool = False
     norm: str = "input_layernorm"
     query: str = "q_proj"
     key: str = "k_proj"

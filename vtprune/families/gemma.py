@@ -14,4 +14,4 @@ GEMMA3 = Family(
     special_tokens=(),
     sealed="its projector pools squares of patches (4 x 4 of them) into one token each, so they cannot leave one by one",
 )
-PALIGEMMA = Family(name="PaliGemma", base_classes=("PaliGemmaModel",))
+PALIGEMMA = Family(name="PaliGemma", base_classes=("PaliGemmaModel",), prepares_masks=True)
