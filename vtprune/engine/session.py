@@ -13,7 +13,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -323,6 +323,8 @@ class Session:
                 if any(row is not feature for row, feature in zip(rows, features, strict=True)):
                     output.pooler_output = pooled = torch.stack(rows)  # one tensor for all has to stay one
                 pooled._vtprune_rows = rows
+                if call is None:
+                    self._local.__dict__.setdefault("stacked", {})[modality] = rows
             if self.reads_frames:
                 layouts = [row._vtprune.layout for row in rows]
                 if modality == "video":
@@ -410,6 +412,9 @@ class Session:
     def _before_base(self, module, args, kwargs) -> None:
         self._local.call = None
         call = Call.read(self.site, module, self._arguments("base", args, kwargs))
+        stacked, self._local.stacked = getattr(self._local, "stacked", {}), {}
+        for modality, rows in call.features.items():
+            call.features[modality] = [_original(row, stacked.get(modality, ())) for row in rows]
         features = [feature for rows in call.features.values() for feature in rows]
         call.clock = clock = NoClock()
         if features:
@@ -509,3 +514,10 @@ class Session:
             self._noted = True
             warnings.warn("; ".join(notes), stacklevel=2)
         return notes
+
+
+def _original(feature: torch.Tensor, known: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The one of `known` features that this is a copy of, as beams make of those that are one tensor for all pictures."""
+    if hasattr(feature, "_vtprune"):
+        return feature
+    return next((one for one in known if one.shape == feature.shape and torch.equal(one, feature)), feature)
