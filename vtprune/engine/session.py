@@ -424,10 +424,14 @@ class Session:
 
     def _before_base(self, module, args, kwargs) -> None:
         self._local.call = None
-        call = Call.read(self.site, module, self._arguments("base", args, kwargs))
+        given = self._arguments("base", args, kwargs)
+        call = Call.read(self.site, module, given)
         stacked, self._local.stacked = getattr(self._local, "stacked", {}), {}
         for modality, rows in call.features.items():
-            call.features[modality] = [_original(row, stacked.get(modality, ())) for row in rows]
+            found = [_original(row, stacked.get(modality, ())) for row in rows]
+            if any(one is not row for one, row in zip(found, rows, strict=True)):
+                call.features[modality] = found
+                given["mm_encoder_outputs"][modality].pooler_output._vtprune_rows = found  # for steps without a cache
         features = [feature for rows in call.features.values() for feature in rows]
         call.clock = clock = NoClock()
         if features:
