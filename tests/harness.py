@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -123,7 +123,8 @@ def assert_masked(asked: Asked, ran: Ran, attn: str = "sdpa", tolerance: float =
     """Masking equals removing: logits are those of the full model in which what left is attended to no more."""
     model, compact = model_of(asked.kind, attn), ran.report.positions == "compact"
     for row, turn in enumerate(turns_of(asked, ran)):
-        expected = oracle_logits(model, [turn], compact, asked.kind.types)[len(asked.ids[row]) - 1 : -1]
+        length = len(asked.ids[row])
+        expected = oracle_logits(model, [turn], compact, partial(asked.kind.told, prompt=length))[length - 1 : -1]
         torch.testing.assert_close(ran.logits[row], expected, atol=tolerance, rtol=tolerance)
 
 

@@ -2,7 +2,9 @@
 
 It runs the unwrapped model over the whole, unpadded sequence of one sample, without a cache. From the layer on that a
 token left before, no other token attends to it (a 4-D mask per layer); positions are those that the pruned run gave.
-What left where is read from the report, so the pruned run is held to its own word and nothing is implemented twice.
+All else about who attends to whom is read off the masks that the model itself hands to its layers: pictures whose tokens
+attend to each other in both directions, sliding windows. What left where is read from the report, so the pruned run is
+held to its own word and nothing is implemented twice.
 
 Strategies that merge tokens or rearrange them: what the encoder then made of a picture, and the merged vectors where they
 were made inside the decoder, are taken from the pruned run (golden vectors check those); the order is read from the
@@ -12,6 +14,7 @@ report, and everything else is held to the masks as ever.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,6 +95,42 @@ def _packed_masks(model, turns: list[Turn]):
     AttentionInterface.register("oracle", kernel)
     before, visual.config._attn_implementation = visual.config._attn_implementation, "oracle"
     return [_Undo(lambda: setattr(visual.config, "_attn_implementation", before))]
+
+
+def _own_mask(given: torch.Tensor | None, length: int) -> torch.Tensor:
+    """bool [L, L], which key each query of one sample sees in the mask that the full model hands to a layer."""
+    if given is None:
+        return torch.ones(length, length, dtype=torch.bool).tril()
+    assert given.shape == (1, 1, length, length)
+    return given[0, 0] if given.dtype == torch.bool else given[0, 0] > torch.finfo(given.dtype).min / 2
+
+
+def _window(model, layer: int) -> int | None:
+    config = model.config.text_config
+    kinds = getattr(config, "layer_types", None)
+    return None if kinds is not None and kinds[layer] != "sliding_attention" else getattr(config, "sliding_window", None)
+
+
+def _closer(own: torch.Tensor, window: int | None, gone: torch.Tensor) -> torch.Tensor:
+    """`own` [L, L] of a layer whose `window` counts places in the numbering without `gone` (bool [L]).
+
+    Tokens that left no longer take up places, so that earlier ones come into the window. Whatever else the model's mask
+    shows (a picture's later tokens) it shows still.
+    """
+    if window is None:
+        return own
+    place = torch.arange(len(own))
+    causal = place[None, :] <= place[:, None]
+    compact = place - (gone.long().cumsum(0) - gone.long())
+    was, now = (causal & (at[None, :] > at[:, None] - window) for at in (place, compact))
+    return (own & ~was) | now
+
+
+def _rotary(module, hidden: torch.Tensor, positions: torch.Tensor, layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions as `layer` rotates them; some families rotate each type of layer in its own way."""
+    if "layer_type" in inspect.signature(module.forward).parameters:
+        return module(hidden, positions, layer.self_attn.layer_type)
+    return module(hidden, position_ids=positions)
 
 
 def _encoder_hooks(model, turns: list[Turn]):
@@ -209,7 +248,6 @@ def oracle_logits(model, turns: list[Turn], compact: bool, types: Callable | Non
             before = where
         start += len(turn.prompt) + len(turn.generated)
 
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
     queries = torch.arange(length)[:, None]
     rotary = model.model.language_model.rotary_emb
     masked = not any(turn.features or turn.whole for turn in turns)
@@ -224,12 +262,15 @@ def oracle_logits(model, turns: list[Turn], compact: bool, types: Callable | Non
             for at, vector in injected[layer]:
                 hidden[0, at] = vector
             readable = torch.where(queries >= after[None, :], late[layer][None, :], alive[layer][None, :])
-            allowed = (causal & readable) | torch.eye(length, dtype=torch.bool)
+            own = _own_mask(kwargs.get("attention_mask"), length)
+            if compact:
+                own = _closer(own, _window(model, layer), ~alive[layer])
+            allowed = (own & readable) | torch.eye(length, dtype=torch.bool)
             # the full model's own positions, which moved tokens take along
             rope = tuple(part[..., origin[layer], :] for part in kwargs["position_embeddings"])
             if compact:
                 gone = (~alive[layer]).long()
-                rope = rotary(hidden, position_ids=(torch.arange(length) - (gone.cumsum(0) - gone))[None])
+                rope = _rotary(rotary, hidden, (torch.arange(length) - (gone.cumsum(0) - gone))[None], module)
             mask = _mask(model, allowed[None, None], "text")
             return (hidden, *args[1:]), {**kwargs, "attention_mask": mask, "position_embeddings": rope}
 

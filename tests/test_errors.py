@@ -18,7 +18,6 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    MistralConfig,
     SiglipVisionConfig,
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -483,25 +482,6 @@ def test_any_cache_will_do_while_all_is_kept(model):
     plain = generate(model, cache_implementation="static")
     vtprune.wrap(model, "uniform", keep=1.0)
     assert generate(model, cache_implementation="static") == plain
-
-
-def test_a_sliding_window_cache():
-    text = MistralConfig(**{k: v for k, v in tiny_text().to_dict().items() if k in TEXT_SIZES}, sliding_window=8)
-    model = llava_of(CLIPVisionConfig(**VISION, **SIX), text=text)
-    vtprune.wrap(model, "uniform", keep=9)
-    with pytest.raises(UnsupportedError, match=r"(?i)sliding"):
-        model.generate(**tiny_inputs(), max_new_tokens=3, do_sample=False)
-
-
-TEXT_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "pad_token_id",
-)
 
 
 @pytest.mark.parametrize("name", ["uniform", "fastv", "evict", "flowcut"])

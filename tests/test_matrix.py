@@ -129,6 +129,7 @@ def test_memory_and_work_fall_with_the_budget(kind):
     asked = ask(kind, PROMPTS["single"])
     reports = [run(asked, pruner=vtprune.Random(keep=keep), steps=1).report for keep in (1.0, 0.6, 0.2)]
     bytes_held, work = [r.kv_bytes for r in reports], [r.flops for r in reports]
-    assert bytes_held == sorted(bytes_held, reverse=True) and len(set(bytes_held)) == 3
+    # a window is full of what came last
+    assert bytes_held == sorted(bytes_held, reverse=True) and len(set(bytes_held)) == (1 if kind.windowed else 3)
     assert work == sorted(work, reverse=True) and len(set(work)) == 3
     assert reports[0].kv_bytes == reports[2].kv_bytes_full

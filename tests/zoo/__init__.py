@@ -37,7 +37,9 @@ class Kind:
         video: the same for a video, or None.
         positions: what `positions=` may be, None for the default alone.
         types: padded input_ids [B, L] -> further inputs (mm_token_type_ids, token_type_ids).
+        said: what `types` is of generated tokens, where that is not what it is of text in a prompt.
         needs: names that transformers must have; older versions skip the family.
+        windowed: whether all decoder layers keep a window of tokens alone that is shorter than a prompt.
         patch_pixels: pixels along a visual token of `picture` at its own scale, for overlays; 0 where it varies.
     """
 
@@ -47,12 +49,21 @@ class Kind:
     video: Callable[[nn.Module, int], tuple[Given, list[int]]] | None = None
     positions: tuple[str | None, ...] = ("original", "compact")
     types: Callable[[Tensor], Given] = nothing
+    said: tuple[tuple[str, int], ...] = ()
     needs: tuple[str, ...] = ()
+    windowed: bool = False
     patch_pixels: int = 0
 
     @property
     def available(self) -> bool:
         return all(hasattr(transformers, name) for name in self.needs)
+
+    def told(self, ids: Tensor, prompt: int) -> Given:
+        """`types` of a conversation [1, L] of which the first `prompt` tokens were fed as a prompt."""
+        given = self.types(ids)
+        for name, value in self.said:
+            given[name][:, prompt:] = value
+        return given
 
     def __str__(self) -> str:
         return self.name

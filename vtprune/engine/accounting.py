@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtprune.engine.cache import cache_bytes
+from vtprune.engine.cache import cache_bytes, full_keys
 from vtprune.engine.decoding import Pass
 from vtprune.measure.flops import stack_flops
 from vtprune.pruner import NothingPrunedError
@@ -45,12 +45,17 @@ def report_of(run: Pass) -> Report | None:
             )
         )
     notes = [*dict.fromkeys([n for r in run.records if r.encoding is not None for n in r.encoding.notes] + run.notes)]
-    notes += _check_pruned(run, samples)
+    notes += _check_pruned(run, rows, samples)
     full_bytes = 0
     if run.cache is not None:
         logical = run.cache.get_seq_length()
         full_bytes = sum(
-            2 * layer.keys.shape[0] * layer.keys.shape[1] * logical * layer.keys.shape[3] * layer.keys.element_size()
+            2
+            * layer.keys.shape[0]
+            * layer.keys.shape[1]
+            * full_keys(layer, logical)
+            * layer.keys.shape[3]
+            * layer.keys.element_size()
             for layer in run.cache.layers
             if layer.keys is not None
         )
@@ -100,6 +105,17 @@ def _distinct_rows(run: Pass) -> list[int]:
 
 
 def _cached(run: Pass, row: int, layer: int) -> Tensor:
+    """Numbers of the visual tokens that the layer's cache holds; a sliding window's has released the first ones."""
+    stays = _stays(run, row, layer)
+    if run.cut_off.get(layer, 0) <= 0:
+        return stays
+    counts, slots, numbers = run.streams[layer].visual_slots()
+    here = slots[row, : counts[row]] + run.held[layer].past >= run.cut_off[layer]
+    return stays[torch.isin(stays, numbers[row, : counts[row]][here])]
+
+
+def _stays(run: Pass, row: int, layer: int) -> Tensor:
+    """Numbers of the visual tokens that no strategy took from the layer or its cache."""
     lost = run.evicted.get(layer)
     if lost is None:
         return run.computed(row, layer)
@@ -125,18 +141,19 @@ def _encoded(run: Pass, images: list[int]) -> list[tuple[int, Tensor]]:
     return result
 
 
-def _check_pruned(run: Pass, samples: list[SampleReport]) -> list[str]:
+def _check_pruned(run: Pass, rows: list[int], samples: list[SampleReport]) -> list[str]:
     """A note where thresholds dropped nothing.
 
     Raises:
         NothingPrunedError: where a budget did.
     """
     pruner, notes = run.plan.pruner, []
-    for sample in samples:
+    for row, sample in zip(rows, samples, strict=True):
         sizes = tuple(sample.images)
         if not sizes or not pruner.asks_to_prune(sizes):
             continue
-        if min(len(t) for t in [*sample.layers, *sample.cached]) < sample.visual_tokens:
+        left = [len(_stays(run, row, layer)) for layer in range(run.plan.depth)] if run.cache is not None else []
+        if min([*map(len, sample.layers), *left]) < sample.visual_tokens:
             continue
         if not pruner.promises_to_prune(sizes):
             notes = [f"{pruner.name}: of at least one sample nothing was dropped, as its settings let everything pass."]

@@ -35,6 +35,7 @@ class Request:
         rows_valid: bool [B, R]; columns: LongTensor [B, N] into the keys.
         keys_valid: bool [B, S] over the keys, or None if all are real.
         offset: keys that precede the first query for causal attention; None for bidirectional attention.
+        seen: bool [B, R, S], which keys each query sees where it is neither; padding is left out of it already.
     """
 
     needs: Needs
@@ -43,6 +44,7 @@ class Request:
     columns: Tensor
     keys_valid: Tensor | None
     offset: int | None
+    seen: Tensor | None = None
 
 
 Listener = Iterable[tuple[Request, Callable[[Rows], None]]]
@@ -107,24 +109,33 @@ def tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     output = real_kernel(module, tap.kernel)(module, query, key, value, attention_mask, **kwargs)
     for request, sink in tap._listener():
         scaling = kwargs.get("scaling")
-        sink(attention_rows(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, request))
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        sink(attention_rows(query, key, value, scaling, request, _softcap(kwargs.get("softcap"), tap.kernel)))
     return output
 
 
-def attention_rows(query: Tensor, key: Tensor, value: Tensor, scaling: float, request: Request) -> Rows:
+def _softcap(cap: float | None, kernel: str) -> float | None:
+    """The bound on attention scores that `kernel` observes; sdpa knows none and older transformers pass it by."""
+    return None if kernel == "sdpa" else cap
+
+
+def attention_rows(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, request: Request, softcap: float | None = None
+) -> Rows:
     """Rows of softmax(q k^T) for the requested queries over the requested keys.
 
     Parameters:
         query: [B, H, L, d]; key, value: [B, Hkv, S, d], after position embedding, cached keys first.
+        softcap: bound that scores approach, or None.
     """
     batch, heads, _, width = query.shape
     if request.needs.queries == "patches":
-        rows = _received(query, key, scaling, request)
+        rows = _received(query, key, scaling, request, softcap)
     elif request.rows is None:
-        rows = _rows(_mean(query, request), key, scaling, request)
+        rows = _rows(_mean(query, request), key, scaling, request, softcap)
     else:
         q = query.gather(2, request.rows[:, None, :, None].expand(batch, heads, -1, width)).float()
-        rows = _rows(q, key, scaling, request)
+        rows = _rows(q, key, scaling, request, softcap)
     if request.needs.values:
         rows.values = _columns(value, request)
         if request.rows is None:
@@ -154,13 +165,13 @@ def _mean(t: Tensor, request: Request) -> Tensor:
     return (_columns(t, request) * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
 
 
-def _received(query: Tensor, key: Tensor, scaling: float, request: Request) -> Rows:
+def _received(query: Tensor, key: Tensor, scaling: float, request: Request, softcap: float | None) -> Rows:
     """One row per head: what each column gets of the others' attention, averaged; a few rows of the map at a time."""
     queries, real, total = _columns(query, request), _real(request), 0
     for at in range(0, queries.shape[2], CHUNK):
         mine = slice(at, at + CHUNK)
         part = replace(request, rows=request.columns[:, mine], rows_valid=real[:, mine])
-        total = total + _rows(queries[:, :, mine], key, scaling, part).attention().sum(2, keepdim=True)
+        total = total + _rows(queries[:, :, mine], key, scaling, part, softcap).attention().sum(2, keepdim=True)
     mean = total / real.sum(1)[:, None, None, None]
     one = torch.ones(len(real), 1, dtype=torch.bool, device=real.device)
     rows = Rows(mean.log(), torch.zeros_like(mean[..., 0]), one)
@@ -169,7 +180,7 @@ def _received(query: Tensor, key: Tensor, scaling: float, request: Request) -> R
     return rows
 
 
-def _rows(q: Tensor, key: Tensor, scaling: float, request: Request) -> Rows:
+def _rows(q: Tensor, key: Tensor, scaling: float, request: Request, softcap: float | None) -> Rows:
     """`attention_rows` for queries [B, H, R, d] that are gathered already, in fp32."""
     batch, heads, count, width = q.shape
     rows_valid = request.rows_valid
@@ -178,10 +189,14 @@ def _rows(q: Tensor, key: Tensor, scaling: float, request: Request) -> Rows:
     # query heads of one group share a key head: fold them into the row dimension instead of repeating the keys
     q = q.reshape(batch, key.shape[1], heads // key.shape[1] * count, width)
     logits = torch.matmul(q, key.float().transpose(-1, -2)).mul_(scaling)
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
     logits = logits.view(batch, heads, count, key.shape[2])
 
     seen = request.keys_valid[:, None, None, :] if request.keys_valid is not None else None
-    if request.offset is not None:
+    if request.seen is not None:
+        seen = request.seen[:, None]
+    elif request.offset is not None:
         last = (request.rows + request.offset)[:, None, :, None]
         causal = torch.arange(key.shape[2], device=key.device) <= last
         seen = causal if seen is None else causal & seen
@@ -207,6 +222,17 @@ def _rotation(attention: nn.Module) -> Callable | None:
         return getattr(module, "apply_rotary_pos_emb", None)
     # Qwen-VL before transformers 5.18 joins its axes here, later in the rotary embedding
     return functools.partial(with_axes, mrope_section=attention.config.rope_parameters["mrope_section"])
+
+
+def _has_positions(attention: nn.Module) -> bool:
+    """Whether this layer rotates queries and keys; some models have layers without positions among the others."""
+    if _is_one(attention, "Cohere2Attention"):
+        return attention.sliding_window is not None
+    return bool(getattr(attention, "use_rope", True))
+
+
+def _is_one(module: nn.Module, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(module).__mro__)
 
 
 def rows_ahead(site: Site, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], past: Tensor | None, request: Request):
@@ -236,35 +262,57 @@ def rows_ahead(site: Site, layer: int, hidden: Tensor, rotary: tuple[Tensor, Ten
 
     q, k = heads(to_query(take(normed, request.rows)), "q_norm"), heads(to_key(normed), "k_norm")
     cos, sin = rotary
-    q = rotate(q, q, take(cos, request.rows), take(sin, request.rows))[0]
-    k = rotate(k, k, cos, sin)[1]
+    if _has_positions(attention):
+        q = rotate(q, q, take(cos, request.rows), take(sin, request.rows))[0]
+        k = rotate(k, k, cos, sin)[1]
     k = k if past is None else torch.cat([past, k], 2)
-    return _rows(q.float(), k, getattr(attention, "scaling", attention.head_dim**-0.5), request)
+    # Gemma 3 still names a bound, and observes none
+    cap = attention.attn_logit_softcapping if _is_one(attention, "Gemma2Attention") else None
+    softcap = _softcap(cap, getattr(attention.config, "kernel", attention.config._attn_implementation))
+    return _rows(q.float(), k, getattr(attention, "scaling", attention.head_dim**-0.5), request, softcap)
 
 
 def kernel_mask(
-    kernel: str, queries: int, past: int, keys_valid: Tensor | None, index: Tensor, dtype: torch.dtype
+    kernel: str,
+    queries: int,
+    past: int,
+    keys_valid: Tensor | None,
+    index: Tensor,
+    dtype: torch.dtype,
+    seen: Tensor | None = None,
+    causal: bool = True,
 ) -> Tensor | None:
-    """The causal mask of a layer in the form that `kernel` takes; None wherever the kernel needs none.
+    """The mask of a layer in the form that `kernel` takes; None wherever the kernel needs none.
 
     Parameters:
         queries, past: new and cached keys.
         keys_valid: bool [B, past + queries], or None if all are real.
         index: any tensor [B, ...] on the right device.
+        seen: bool [B, queries, past + queries], where attention is not plainly causal.
+        causal: whether the layer attends causally where it is handed no mask.
     Raises:
-        UnsupportedError: for a kernel whose mask form is not known here.
+        UnsupportedError: for a kernel whose mask form is not known here, or that takes none such as `seen`.
     """
     if "flash" in kernel:
+        if seen is not None:
+            raise UnsupportedError(
+                f"attention kernel {kernel!r}: in layers with a sliding window shorter than the prompt, or whose visual tokens "
+                f"attend to each other in both directions, it cannot be told of dropped tokens. Load the model with "
+                f"attn_implementation='sdpa'."
+            )
         return keys_valid  # causal by itself, aligned to the last key
     if kernel not in ("sdpa", "eager"):
         raise UnsupportedError(
             f"attention kernel {kernel!r}: tokens can be dropped under 'sdpa', 'eager' and the flash kernels. "
             f"Load the model with attn_implementation='sdpa'."
         )
+    if seen is not None:
+        allowed = seen[:, None]
     # one query sees everything; sdpa is causal by itself when queries and keys are equally many
-    if keys_valid is None and (queries == 1 or (past == 0 and kernel == "sdpa")):
+    elif keys_valid is None and (queries == 1 or (past == 0 and kernel == "sdpa" and causal)):
         return None
-    allowed = causal_mask(queries, past, keys_valid, index.device).expand(index.shape[0], -1, -1, -1)
+    else:
+        allowed = causal_mask(queries, past, keys_valid, index.device).expand(index.shape[0], -1, -1, -1)
     if kernel == "sdpa":
         return allowed
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)

@@ -14,16 +14,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
 from vtprune.engine.attention import Request, kernel_mask, rows_ahead
-from vtprune.engine.cache import OLD_NAME, PrunedLayer, cache_name, check_cache, is_pruned, pruned_layer
+from vtprune.engine.cache import OLD_NAME, PrunedLayer, cache_name, check_cache, held_keys, is_pruned, pruned_layer
 from vtprune.engine.encoding import ImageTokens
 from vtprune.engine.items import Choice, Doubts, Item, Past, checked, nothing_past, slice_rows, stack_carry, unstack_carry
-from vtprune.engine.stream import Stream, compress, groups, join_valid, take
+from vtprune.engine.masks import Held, Kinds, Masks
+from vtprune.engine.stream import Stream, compress, groups, join_valid, last, take
 from vtprune.families.base import Site
 from vtprune.measure.clock import Clock
 from vtprune.measure.flops import layer_costs, linear_flops_per_token
@@ -73,6 +75,10 @@ class Plan:
     def kernel(self) -> str:
         return self.site.decoder.config._attn_implementation
 
+    @cached_property
+    def kinds(self) -> Kinds:
+        return Kinds.of(self.site.decoder.config, self.depth, self.site.family.prepares_masks)
+
 
 @dataclass
 class Decision:
@@ -99,6 +105,7 @@ class Pass:
         placeholders: bool [B, L], where image features were put; None if there are no images.
         features: projected features per image, in the order of their placeholders.
         aside: within it, calls of the wrapped model are left alone; a strategy may ask the model itself.
+        fed_mask: the attention mask that the base model was called with; ... where it was not called.
     """
 
     def __init__(
@@ -109,15 +116,20 @@ class Pass:
         placeholders: Tensor | None = None,
         features: list[Tensor] | None = None,
         aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        fed_mask: Any = ...,
     ):
         self.plan, self.clock, self.input_ids, self.placeholders = plan, clock, input_ids, placeholders
-        self.aside = aside
+        self.aside, self.fed_mask = aside, fed_mask
         self.features = features or []
         self.stream: Stream | None = None
         self.streams: list[Stream] = []
         self.rows: dict[tuple[str, int], Rows] = {}
         self.items: list[Item] = []
         self.cache: Cache | None = None
+        self.masks: Masks | None = None
+        self.held: list[Held] = []  # what each layer's cache held before this pass
+        self.whole: dict[tuple[int, bool], Held] = {}
+        self.cut_off: dict[int, int] = {}  # leading keys that sliding layers have released since
         self.past_valid: Tensor | None = None
         self.fed_valid: Tensor | None = None
         self.logical: Tensor | None = None
@@ -173,11 +185,15 @@ class Pass:
             check_cache(self.cache, self.plan.depth)
         past = 0 if self.cache is None else self.cache.get_seq_length()
 
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim != 2 and not asks and not pruned_before:
+        mask, own = kwargs.get("attention_mask"), None
+        if _is_made(mask) and (self.fed_mask is None or (isinstance(self.fed_mask, Tensor) and self.fed_mask.ndim == 2)):
+            mask, own = self.fed_mask, mask  # the model made masks of it before it came to its language model
+        if _is_made(mask) and not asks and not pruned_before:
             mask = None  # transformers makes its own 4-D masks for caches that it compiles; nothing will be cut here
         valid, real, left = self._read_mask(mask, past, batch, length)
         self.fed_valid = valid
+        self.masks = Masks(self.plan.kinds, past, length)
+        self.masks.read(own, valid, self.plan.kernel, device)
         self.logical = kwargs.get("position_ids")
         if self.logical is not None and self.logical.ndim == 3 and self.logical.shape[0] == 4:
             self.logical = self.logical[1:]  # the first axis only tells packed sequences apart
@@ -190,10 +206,11 @@ class Pass:
             kwargs = self._enter(embeds, kwargs, past, use_cache)
         # from here on each layer gets its own mask; the model must not build one for lengths that layers do not have
         if self.stream.pruned or pruned_before:
-            kwargs = {**kwargs, "attention_mask": None}
+            none = dict.fromkeys(own) if isinstance(own, Mapping) else None
+            kwargs = {**kwargs, "attention_mask": none}
         return kwargs
 
-    def _read_mask(self, mask: Tensor | None, past: int, batch: int, length: int) -> tuple[Tensor | None, list[int], bool]:
+    def _read_mask(self, mask: Any, past: int, batch: int, length: int) -> tuple[Tensor | None, list[int], bool]:
         """Split a padding mask into what is cached and what is fed.
 
         Returns:
@@ -202,9 +219,10 @@ class Pass:
         whole = None, [length] * batch, True
         if mask is None:
             return whole
-        if mask.ndim != 2:
+        if _is_made(mask):
+            found = f"a {mask.ndim}-D attention mask" if isinstance(mask, Tensor) else "attention masks by layer type"
             raise UnsupportedError(
-                f"a {mask.ndim}-D attention mask together with pruning: token numbers in it would no longer hold. Pass the "
+                f"{found} together with pruning: token numbers in it would no longer hold. Pass the "
                 f"2-D padding mask [batch, tokens], or none."
             )
         mask = mask.bool()
@@ -441,43 +459,95 @@ class Pass:
             if cuts:
                 hidden = self._cut(layer, hidden, kwargs)
             self.streams.append(self.stream)
+            self.held.append(self._held(layer))
             if not (self.stream.pruned or is_pruned(self.cache, layer)):
                 return None
             kwargs = {**kwargs, **self._layer_arguments(layer, hidden, kwargs)}
             return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
     def _layer_arguments(self, layer: int, hidden: Tensor, kwargs: dict) -> dict:
-        stream = self.stream
-        past, past_valid, shift, cached = 0, None, None, None
-        if self.cache is not None:
-            cached = pruned_layer(self.cache, layer, self.past_valid)
-            past, past_valid, shift = cached.physical, cached.valid, cached.shift
+        stream, held = self.stream, self.held[layer]
+        cached = None if self.cache is None else self._swapped(layer, self.past_valid, self.masks.past)
+        window = None if cached is None or cached.record_past else cached.window
 
-        def make() -> tuple[dict, Tensor | None, Tensor | None]:
-            kernel, queries = self.plan.kernel, stream.index.shape[1]
-            keys_valid = join_valid(past_valid, past, stream.valid, stream.index)
-            mask = kernel_mask(kernel, queries, past, keys_valid, stream.index, hidden.dtype)
-            positions, rotary = self._rotary(hidden, shift)
+        def make() -> tuple[dict, tuple, Tensor | None]:
+            kernel, queries, compact = self.plan.kernel, stream.index.shape[1], self.plan.compact
+            keys_valid = self._keys_valid(stream, held)
+            seen = self.masks.seen(layer, stream, held, keys_valid, compact)
+            mask = kernel_mask(kernel, queries, held.past, keys_valid, stream.index, hidden.dtype, seen, self.plan.kinds.causal)
+            positions, rotary = self._rotary(layer, hidden, held.shift)
             given = {"attention_mask": mask, "position_embeddings": rotary}
             if kwargs.get("position_ids") is not None:
                 # flash kernels read gaps in position ids as packed sequences; the rotation is already in the embeddings
                 given["position_ids"] = None if "flash" in kernel else positions
-            further = shift
-            if self.plan.compact and stream.pruned:
+            further = held.shift
+            if compact and stream.pruned:
                 dropped = stream.gone.sum(1)
-                further = dropped if shift is None else shift + dropped
-            return given, keys_valid, further
+                further = dropped if further is None else further + dropped
+            places = self.masks.new_places(layer, stream, held, compact)
+            gone = self.masks.released(window, stream, held, keys_valid, places)
+            known = [t if t is None or gone == 0 else t[:, gone:] for t in (keys_valid, *places)]
+            return given, (known[0], stream.pruned, *known[1:], gone), further
 
         # layers in the same state share the very same tensors, so that they are found again by identity in later passes
-        given, keys_valid, further = stream.memo((past, id(past_valid), id(shift)), make, past_valid, shift)
+        state = held.valid, held.shift, held.slots, held.behind
+        key = (self.plan.kinds.names[layer], window, held.past, *map(id, state))
+        given, expected, further = stream.memo(key, make, *state)
         if cached is not None:
-            cached.expect(stream.length, keys_valid, stream.pruned)
+            cached.expect(stream.length, *expected)
             cached.shift = further
         return given
 
-    def _rotary(self, hidden: Tensor, shift: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        positions = self.stream.positions(self.logical, self.plan.compact, shift)
-        return positions, self.plan.site.rotary(hidden, position_ids=positions)
+    def _rotary(self, layer: int, hidden: Tensor, shift: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Positions of the stream's tokens, and the rotations that they make in `layer`."""
+        stream, site = self.stream, self.plan.site
+        positions = stream.memo(
+            ("positions", id(shift)), lambda: stream.positions(self.logical, self.plan.compact, shift), shift
+        )
+        key = ("rope", id(shift), site.rotation_type(layer))
+        return positions, stream.memo(key, lambda: site.rotations(hidden, positions, layer), shift)
+
+    def _held(self, layer: int) -> Held:
+        """What `layer` has in the cache before it runs."""
+        cached = None if self.cache is None or layer >= len(self.cache.layers) else self.cache.layers[layer]
+        if isinstance(cached, PrunedLayer):
+            return Held(cached.physical, cached.valid, cached.shift, cached.slots, cached.behind)
+        past, windowed = held_keys(cached), self.plan.kinds.windows[layer] is not None
+        if isinstance(cached, DynamicSlidingWindowLayer):
+            past = min(past, cached.sliding_window - 1)  # it hands on no more, also where it records the past
+        if (past, windowed) not in self.whole:  # one object for all layers that hold as much: they share their masks
+            valid = None if self.past_valid is None or past == 0 else last(self.past_valid, past)
+            self.whole[past, windowed] = Held(past, valid, slots=self._slots(past, self.masks.past) if windowed else None)
+        return self.whole[past, windowed]
+
+    def _slots(self, count: int, end: int) -> Tensor:
+        """LongTensor [B, count], the last slots of `end` that were fed."""
+        index = self.stream.index
+        return torch.arange(end - count, end, device=index.device).expand(index.shape[0], -1)
+
+    def _swapped(self, layer: int, valid: Tensor | None, end: int) -> PrunedLayer:
+        """`layer` of the cache as one that keeps its own books; of `end` tokens fed, `valid` marks the real ones it held."""
+        if is_pruned(self.cache, layer):
+            return self.cache.layers[layer]
+        count, windowed = held_keys(self.cache.layers[layer]), self.plan.kinds.windows[layer] is not None
+        valid, slots = self.stream.memo(
+            ("swapped", count, windowed, end, id(valid)),
+            lambda: (
+                None if valid is None or bool(valid.all()) else last(valid, count),
+                self._slots(count, end) if windowed and count else None,
+            ),
+            valid,
+        )
+        return pruned_layer(self.cache, layer, valid, slots)
+
+    @staticmethod
+    def _keys_valid(stream: Stream, held: Held) -> Tensor | None:
+        """bool [B, P + n], which keys of a layer are real; None if all are."""
+        return stream.memo(
+            ("valid", held.past, id(held.valid)),
+            lambda: join_valid(held.valid, held.past, stream.valid, stream.index),
+            held.valid,
+        )
 
     def _cut(self, layer: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Ask `prefill` what goes on from `layer`; returns the hidden states that do."""
@@ -554,22 +624,24 @@ class Pass:
 
     def _ahead(self, layer: int, need: Needs, hidden: Tensor, kwargs: dict) -> Rows | None:
         """The rows that `layer` would compute on its input, were nothing cut before it."""
-        stream, cached = self.stream, None if self.cache is None else self.cache.layers[layer]
-        counts, slots, _ = stream.visual_slots()
+        stream, held = self.stream, self._held(layer)
+        counts, _, _ = stream.visual_slots()
         if max(counts) == 0:
             return None
-        past, past_valid, shift = 0, None, None
-        if isinstance(cached, PrunedLayer):
-            past, past_valid, shift = cached.physical, cached.valid, cached.shift
-        elif cached is not None and cached.keys is not None and cached.keys.numel():
-            past, past_valid = cached.keys.shape[-2], self.past_valid
         rotary = kwargs["position_embeddings"]
-        if stream.pruned or isinstance(cached, PrunedLayer):
-            rotary = self._rotary(hidden, shift)[1]
+        if stream.pruned or is_pruned(self.cache, layer):
+            rotary = self._rotary(layer, hidden, held.shift)[1]
+        past = self.cache.layers[layer].keys[:, :, -held.past :] if held.past else None
+        return rows_ahead(self.plan.site, layer, hidden, rotary, past, self._request(layer, need, held))
+
+    def _request(self, layer: int, need: Needs, held: Held) -> Request:
+        """The rows of `layer` that a strategy asks for."""
+        stream = self.stream
         rows, rows_valid = self._query_rows(need.queries)
-        keys_valid = join_valid(past_valid, past, stream.valid, stream.index)
-        request = Request(need, rows, rows_valid, slots + past, keys_valid, past)
-        return rows_ahead(self.plan.site, layer, hidden, rotary, cached.keys if past else None, request)
+        keys_valid = self._keys_valid(stream, held)
+        seen = self.masks.seen(layer, stream, held, keys_valid, self.plan.compact, rows)
+        _, slots, _ = stream.visual_slots()
+        return Request(need, rows, rows_valid, slots + held.past, keys_valid, held.past, seen)
 
     def _views(
         self, counts: list[int], numbers: Tensor, rows: Rows | None, alike: list | None = None, carried: bool = True
@@ -607,26 +679,11 @@ class Pass:
         if not wanted:
             return
         with self.clock.span("selection"):
-            stream = self.stream
-            counts, slots, _ = stream.visual_slots()
-            if max(counts) == 0:
+            if max(self.stream.visual_slots()[0]) == 0:
                 return
-            past, past_valid = self._past(layer, stream)
-            keys_valid = join_valid(past_valid, past, stream.valid, stream.index)
             for stage, need in wanted:
-                rows, rows_valid = self._query_rows(need.queries)
-                request = Request(need, rows, rows_valid, slots + past, keys_valid, past)
+                request = self._request(layer, need, self.held[layer])
                 yield request, lambda found, stage=stage: self.rows.__setitem__((stage, layer), found)
-
-    def _past(self, layer: int, stream: Stream) -> tuple[int, Tensor | None]:
-        """Cached keys before this pass, seen from inside the layer, where its own keys have been appended already."""
-        if self.cache is None:
-            return 0, None
-        cached, new = self.cache.layers[layer], stream.index.shape[1]
-        past = cached.keys.shape[-2] - new
-        if isinstance(cached, PrunedLayer):
-            return past, None if cached.valid is None else cached.valid[:, :past]
-        return past, self.past_valid
 
     def _query_rows(self, queries: str) -> tuple[Tensor, Tensor]:
         stream = self.stream
@@ -661,6 +718,8 @@ class Pass:
             return None
         with self.clock.span("selection"):
             if self.items and self.cache is not None:
+                for layer, (stream, held) in enumerate(zip(self.streams, self.held, strict=True)):
+                    self.cut_off[layer] = held.past + stream.index.shape[1] - held_keys(self.cache.layers[layer])
                 for layer in sorted(self.plan.decode):
                     self._evict(layer)
                 if self.stream.pruned or self.evicted:
@@ -679,15 +738,13 @@ class Pass:
             if layer in self.evicted:  # speaks for itself already, and holds fewer keys than this pass fed
                 self.cache.layers[layer].tail = 0
                 continue
-            past, past_valid = self._past(layer, stream)
-            valid = join_valid(past_valid, past, stream.valid, stream.index)
-            pruned_layer(self.cache, layer, valid).tail = 0
+            self._swapped(layer, self._keys_valid(stream, self.held[layer]), self.masks.past + self.masks.length).tail = 0
 
     def _evict(self, layer: int) -> None:
         stream, strategy = self.streams[layer], self.plan.pruner.part("decode")
         counts, slots, numbers = stream.visual_slots()
         rows = self.rows.pop(("decode", layer), None)
-        past, past_valid = self._past(layer, stream)
+        held = self.held[layer]
         at_end = torch.zeros(len(counts), 1 + max(sum(i.sizes) for i in self.items), dtype=torch.bool, device=slots.device)
         at_end.scatter_(1, self.stream.numbers + 1, True)
         lost = torch.zeros(stream.index.shape, dtype=torch.bool, device=slots.device)
@@ -706,10 +763,12 @@ class Pass:
                     some = True
         if not some:
             return
-        keys_valid = join_valid(past_valid, past, stream.valid, stream.index)
-        gone = torch.cat([lost.new_zeros(lost.shape[0], past), lost], -1)
+        keys_valid = self._keys_valid(stream, held)
+        gone = torch.cat([lost.new_zeros(lost.shape[0], held.past), lost], -1)
         alive = ~gone if keys_valid is None else keys_valid & ~gone
-        pruned_layer(self.cache, layer, keys_valid).evict(*compress(alive, left=True))
+        cached = self._swapped(layer, keys_valid, self.masks.past + self.masks.length)
+        # of a sliding window's layer only the last keys are still there
+        cached.evict(*compress(last(alive, cached.physical), left=True))
         self.evicted[layer] = lost
 
     # ------------------------------------------------------------------ what is left behind
@@ -752,6 +811,11 @@ class _Late(Sequence):
 
     def __getitem__(self, at):
         return [self.find(key) for key in self.keys[at]] if isinstance(at, slice) else self.find(self.keys[at])
+
+
+def _is_made(mask: Any) -> bool:
+    """Whether an attention mask is one that a model makes of the user's padding mask: 4-D, or several by layer type."""
+    return isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim != 2)
 
 
 def _videos(units: list[list[ImageTokens]]) -> list[Frames]:

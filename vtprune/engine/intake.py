@@ -31,6 +31,7 @@ class Call:
         masks: modality -> bool [B, L], its placeholders; only of modalities that came.
         features: modality -> projected features per picture or video, in prompt order; filled as they are encoded.
         site: the model's places.
+        attention_mask: as fed.
         clock, mark: where time is counted.
     """
 
@@ -38,6 +39,7 @@ class Call:
     masks: dict[str, Tensor] = field(default_factory=dict)
     features: dict[str, list[Tensor]] = field(default_factory=dict)
     site: Site | None = None
+    attention_mask: Any = None
     clock: Any = None
     mark: Any = None
 
@@ -50,7 +52,7 @@ class Call:
         """
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         encoded = given.get("mm_encoder_outputs") or {}
-        call = cls(ids, site=site)
+        call = cls(ids, site=site, attention_mask=given.get("attention_mask"))
         length = (ids if ids is not None else embeds).shape[1]
         for modality, names in PIXELS.items():
             token = site.placeholder(modality)

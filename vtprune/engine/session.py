@@ -13,7 +13,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -103,6 +103,7 @@ class Session:
             dict(part["prefill"].prefill_needs(depth)) if part["prefill"] else {},
             dict(part["decode"].decode_needs(depth)) if part["decode"] else {},
         )
+        _ = self.plan.kinds  # refuses decoders whose masks are not known
         self._check_layers(self.plan.prefill, 1, depth, "prefill")
         if any(need.ahead and (need.values or need.queries is None) for need in self.plan.prefill.values()):
             raise VtpruneError(f"{part['prefill'].name}: Needs(ahead=True) gives rows and keys; it needs queries, not values.")
@@ -358,6 +359,8 @@ class Session:
                 if any(row is not feature for row, feature in zip(rows, features, strict=True)):
                     output.pooler_output = pooled = torch.stack(rows)  # one tensor for all has to stay one
                 pooled._vtprune_rows = rows
+                if call is None:
+                    self._local.__dict__.setdefault("stacked", {})[modality] = rows
             if self.reads_frames:
                 layouts = [row._vtprune.layout for row in rows]
                 if modality == "video":
@@ -468,7 +471,14 @@ class Session:
 
     def _before_base(self, module, args, kwargs) -> None:
         self._local.call = None
-        call = Call.read(self.site, module, self._arguments("base", args, kwargs))
+        given = self._arguments("base", args, kwargs)
+        call = Call.read(self.site, module, given)
+        stacked, self._local.stacked = getattr(self._local, "stacked", {}), {}
+        for modality, rows in call.features.items():
+            found = [_original(row, stacked.get(modality, ())) for row in rows]
+            if any(one is not row for one, row in zip(found, rows, strict=True)):
+                call.features[modality] = found
+                given["mm_encoder_outputs"][modality].pooler_output._vtprune_rows = found  # for steps without a cache
         features = [feature for rows in call.features.values() for feature in rows]
         call.clock = clock = NoClock()
         if features:
@@ -524,9 +534,11 @@ class Session:
         self._local.running = None
         call = getattr(self._local, "call", None)
         if call is not None and any(call.features.values()):
-            running = Pass(self.plan, call.clock, call.input_ids, *call.in_order(), aside=self._aside)
+            running = Pass(
+                self.plan, call.clock, call.input_ids, *call.in_order(), aside=self._aside, fed_mask=call.attention_mask
+            )
         else:
-            running = Pass(self.plan, NoClock())
+            running = Pass(self.plan, NoClock(), fed_mask=... if call is None else call.attention_mask)
         self._local.running = running
         changed = running.begin(self._arguments("decoder", args, kwargs))
         return None if changed is None else ((), changed)
@@ -577,3 +589,10 @@ class Session:
             self._noted = True
             warnings.warn("; ".join(notes), stacklevel=2)
         return notes
+
+
+def _original(feature: torch.Tensor, known: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The one of `known` features that this is a copy of, as beams make of those that are one tensor for all pictures."""
+    if hasattr(feature, "_vtprune"):
+        return feature
+    return next((one for one in known if one.shape == feature.shape and torch.equal(one, feature)), feature)

@@ -43,6 +43,12 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(-2, at.expand(*x.shape[:-2], *at.shape[-2:]))
 
 
+def last(marks: Tensor, count: int) -> Tensor:
+    """The last `count` columns of bool [B, n]; those before its first are marked."""
+    missing = count - marks.shape[1]
+    return torch.nn.functional.pad(marks, (missing, 0), value=True) if missing > 0 else marks[:, -missing:]
+
+
 @dataclass
 class Stream:
     """The tokens that enter a decoder layer in this forward pass.

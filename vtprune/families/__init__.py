@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vtprune.families.base import Family, Site
+from vtprune.families.gemma import GEMMA3, PALIGEMMA
 from vtprune.families.llava import LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, VIDEO_LLAVA
 from vtprune.families.others import INTERNVL, MISTRAL3, VIP_LLAVA
 from vtprune.families.qwen import QWEN_VL
@@ -20,6 +21,8 @@ FAMILIES: tuple[Family, ...] = (
     QWEN_VL,
     INTERNVL,
     MISTRAL3,
+    GEMMA3,
+    PALIGEMMA,
 )
 
 

@@ -164,6 +164,8 @@ class Family:
             be joined; needs `layouts`, and the `projector` has to be what joins them.
         attention: name of the attention module within an encoder block.
         positions: what positions the decoder's embedding allows.
+        prepares_masks: whether the model makes its decoder's masks itself, though the decoder is set to attend in both
+            directions.
         norm, query, key: names of the norm, query and key projections within a decoder block and its `self_attn`.
     """
 
@@ -190,6 +192,7 @@ class Family:
     packed: Callable[[nn.Module], Tower] | None = None
     attention: str = "self_attn"
     positions: tuple[str, ...] = ("original", "compact")
+    prepares_masks: bool = False
     norm: str = "input_layernorm"
     query: str = "q_proj"
     key: str = "k_proj"
@@ -239,6 +242,20 @@ class Site:
     @cached_property
     def rotary(self) -> nn.Module:
         return getattr(self.decoder, self.family.rotary)
+
+    @cached_property
+    def _rotates_by_type(self) -> bool:
+        return "layer_type" in inspect.signature(self.rotary.forward).parameters
+
+    def rotations(self, hidden: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of `positions` as decoder `layer` rotates by them; some decoders have a rotation per type of layer."""
+        if self._rotates_by_type:
+            return self.rotary(hidden, positions, self.rotation_type(layer))
+        return self.rotary(hidden, position_ids=positions)
+
+    def rotation_type(self, layer: int) -> str | None:
+        """What the rotation of `layer` goes by, None where all are alike."""
+        return self.decoder.config.layer_types[layer] if self._rotates_by_type else None
 
     @property
     def vision_type(self) -> str:
@@ -299,7 +316,8 @@ class Site:
         Raises:
             UnsupportedError: for several feature layers; tokens that leave between them would misalign.
         """
-        layer = self.base.config.vision_feature_layer if layer is None else layer
+        # models without the setting feed the projector from the last block
+        layer = getattr(self.base.config, "vision_feature_layer", -1) if layer is None else layer
         if isinstance(layer, (list, tuple)):
             if len(layer) != 1:
                 raise UnsupportedError(
