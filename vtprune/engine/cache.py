@@ -6,7 +6,7 @@ import inspect
 from functools import cache
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from vtprune.pruner import UnsupportedError
 
@@ -137,7 +137,8 @@ def check_cache(cache: Cache, depth: int) -> None:
     if lazy is DynamicLayer and not getattr(cache, "offloading", False):
         while len(cache.layers) < depth:
             cache.layers.append(DynamicLayer())
-    kinds = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, PrunedLayer)})
+    fine = (DynamicLayer, PrunedLayer)
+    kinds = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in fine and not holds_state(layer)})
     if kinds or len(cache.layers) < depth or getattr(cache, "offloading", False):
         what = f"offloaded {type(cache).__name__}" if getattr(cache, "offloading", False) else type(cache).__name__
         raise UnsupportedError(
@@ -146,9 +147,17 @@ def check_cache(cache: Cache, depth: int) -> None:
         )
 
 
-def is_pruned(cache: Cache | None, layer: int = 0) -> bool:
-    """Whether `layer` of `cache` keeps its own books; after a pruned prefill all layers do."""
-    return cache is not None and layer < len(cache.layers) and isinstance(cache.layers[layer], PrunedLayer)
+def holds_state(layer: object) -> bool:
+    """Whether this layer of a cache keeps one state for all tokens (linear attention), and no token of its own."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)
+
+
+def is_pruned(cache: Cache | None, layer: int | None = None) -> bool:
+    """Whether `layer` of `cache` keeps its own books, or any does; after a pruned prefill all do that hold tokens."""
+    if cache is None:
+        return False
+    layers = cache.layers if layer is None else cache.layers[layer : layer + 1]
+    return any(isinstance(one, PrunedLayer) for one in layers)
 
 
 def pruned_layer(cache: Cache, layer: int, past_valid: Tensor | None) -> PrunedLayer:
@@ -163,5 +172,6 @@ def cache_bytes(cache: Cache | None) -> int:
     """Bytes of all keys and values held."""
     if cache is None:
         return 0
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+    layers = [layer for layer in cache.layers if not holds_state(layer)]
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -65,7 +65,11 @@ class Plan:
     def costs(self) -> tuple[list[tuple[int, int]], int, list[tuple[int, int]]]:
         """FLOPs of the encoder blocks, the projector (per token) and the decoder layers; the modules are walked once."""
         site = self.site
-        return layer_costs(site.encoder_layers), linear_flops_per_token(site.projector), layer_costs(site.decoder_layers)
+        decoder = [
+            (linear, width if attends else 0)
+            for (linear, width), attends in zip(layer_costs(site.decoder_layers), site.attends, strict=True)
+        ]
+        return layer_costs(site.encoder_layers), linear_flops_per_token(site.projector), decoder
 
     @property
     def kernel(self) -> str:
@@ -113,6 +117,7 @@ class Pass:
         self.aside = aside
         self.features = features or []
         self.stream: Stream | None = None
+        self.past, self.continues = 0, False  # tokens in the cache, and whether an earlier pass pruned some of them
         self.streams: list[Stream] = []
         self.rows: dict[tuple[str, int], Rows] = {}
         self.items: list[Item] = []
@@ -148,7 +153,7 @@ class Pass:
             kwargs[name] = kwargs.pop(OLD_NAME)  # newer models still take it by its old name
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(name)
         self.cache = cache
-        pruned_before = is_pruned(cache)
+        pruned_before = self.continues = is_pruned(cache)
         if not self.features and not pruned_before:
             return None
         if embeds is None:
@@ -167,7 +172,7 @@ class Pass:
             self.cache = kwargs[cache_name(self.plan.site.decoder)] = DynamicCache(config=config)
         if self.cache is not None and asks:
             check_cache(self.cache, self.plan.depth)
-        past = 0 if self.cache is None else self.cache.get_seq_length()
+        past = self.past = 0 if self.cache is None else self.cache.get_seq_length()
 
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim != 2 and not asks and not pruned_before:
@@ -408,13 +413,16 @@ class Pass:
             if layer in self.cutting:
                 hidden = self._cut(layer, hidden, kwargs)
             self.streams.append(self.stream)
-            if not (self.stream.pruned or is_pruned(self.cache, layer)):
+            attends = self.plan.site.attends[layer]
+            if not (self.stream.pruned or (is_pruned(self.cache, layer) if attends else self.continues)):
                 return None
             kwargs = {**kwargs, **self._layer_arguments(layer, hidden, kwargs)}
             return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
     def _layer_arguments(self, layer: int, hidden: Tensor, kwargs: dict) -> dict:
         stream, kernel = self.stream, self.plan.kernel
+        if not self.plan.site.attends[layer]:
+            return {"attention_mask": self._state_mask()}
         past, past_valid, shift, cached = 0, None, None, None
         if self.cache is not None:
             cached = pruned_layer(self.cache, layer, self.past_valid)
@@ -441,6 +449,37 @@ class Pass:
             # flash kernels read gaps in position ids as packed sequences; the rotation is already in the embeddings
             given["position_ids"] = None if "flash" in kernel else positions
         return given
+
+    def _state_mask(self) -> Tensor | None:
+        """bool [B, n], the real tokens, for a layer that folds them into a state; None where all are."""
+        stream = self.stream
+        if stream.valid is None or stream.index.shape[1] == 1:
+            return None
+        if self.past and stream.pruned:
+            raise UnsupportedError(
+                f"the rows of this batch keep different numbers of tokens in a later turn. {self.plan.site.family.name} has "
+                f"layers of linear attention, whose state cannot skip the padding that would stand between the turns. Continue "
+                f"the conversations one by one, or start a new cache."
+            )
+        return stream.valid
+
+    def inject(self, original: Callable, hidden: Tensor, placeholders: Tensor, features: Tensor) -> Tensor:
+        """The model's adding of `features` [placeholders, D] to its visual tokens, for those that are left, where they are.
+
+        A token keeps its own features, moved or with others merged into it.
+
+        Parameters:
+            hidden: [B, n, D] between two layers; placeholders: bool [B, L] of the fed tokens.
+        """
+        stream = self.stream
+        if not self.active or not (stream.pruned or stream.moved is not None):
+            return original(hidden, placeholders, features)
+        source = stream.index if stream.moved is None else stream.moved.gather(1, stream.index)
+        placeholders = placeholders.to(source.device)
+        row = (placeholders.flatten().cumsum(0) - 1).view_as(placeholders).gather(1, source)
+        here = placeholders.gather(1, source)
+        here = here if stream.valid is None else here & stream.valid
+        return original(hidden, here, features[row[here].to(features.device)])
 
     def _rotary(self, hidden: Tensor, shift: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         positions = self.stream.positions(self.logical, self.plan.compact, shift)
@@ -644,6 +683,8 @@ class Pass:
     def _settle(self) -> None:
         """From now on every layer of the cache speaks for itself, and none can be cropped into this prompt."""
         for layer, stream in enumerate(self.streams):
+            if not self.plan.site.attends[layer]:
+                continue
             if layer in self.evicted:  # speaks for itself already, and holds fewer keys than this pass fed
                 self.cache.layers[layer].tail = 0
                 continue
