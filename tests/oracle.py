@@ -7,17 +7,22 @@ What left where is read from the report, so the pruned run is held to its own wo
 Strategies that merge tokens or rearrange them: what the encoder then made of a picture, and the merged vectors where they
 were made inside the decoder, are taken from the pruned run (golden vectors check those); the order is read from the
 report, and everything else is held to the masks as ever.
+
+Layers of linear attention know no masks. Where a model has such, tokens that have left are taken out of what a layer runs on:
+the full model on the shorter sequence, at the same positions.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from models import IMAGE, VIDEO, vision_blocks
 
+from vtprune.families import locate
 from vtprune.pruner import EncodeView
 from vtprune.reporting import SampleReport
 
@@ -108,7 +113,8 @@ def _features_of(model, turns: list[Turn]):
     def get_image_features(*args, **kwargs):
         output = original(*args, **kwargs)
         assert len(output.pooler_output) == len(given)
-        output.pooler_output = given
+        # one tensor for all has to stay one
+        output.pooler_output = torch.stack(given) if isinstance(output.pooler_output, torch.Tensor) else given
         return output
 
     base.get_image_features = get_image_features
@@ -118,8 +124,70 @@ def _features_of(model, turns: list[Turn]):
         del base.get_image_features
 
 
-def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
-    """[sequence, vocabulary] logits of the full model under the masks that the pruned run implies."""
+def _removing_hooks(model, alive, origin, moves, injected):
+    """Each layer runs on the tokens that are left; what the last one made goes back to the full length."""
+    decoder = model.model.language_model
+    length = alive.shape[1]
+    flowing = torch.arange(length)
+
+    def spread(hidden):
+        full = hidden.new_zeros(1, length, hidden.shape[-1])
+        full[:, flowing] = hidden
+        return full
+
+    def hook(layer):
+        def before(module, args, kwargs):
+            nonlocal flowing
+            found = spread(args[0])
+            full = found.clone()
+            for source, target in moves[layer]:
+                full[0, target] = found[0, source]
+            for at, vector in injected[layer]:
+                full[0, at] = vector
+            flowing = alive[layer].nonzero()[:, 0]
+            rope = tuple(part[..., origin[layer][flowing], :] for part in kwargs["position_embeddings"])
+            causal = torch.ones(1, 1, len(flowing), len(flowing), dtype=torch.bool).tril()
+            mask = _mask(model, causal, "text") if hasattr(module, "self_attn") else None
+            return (full[:, flowing], *args[1:]), {**kwargs, "attention_mask": mask, "position_embeddings": rope}
+
+        return before
+
+    def after(module, args, output):
+        output.last_hidden_state = spread(output.last_hidden_state)
+
+    handles = [one.register_forward_pre_hook(hook(at), with_kwargs=True) for at, one in enumerate(decoder.layers)]
+    return [*handles, decoder.register_forward_hook(after)]
+
+
+@contextmanager
+def _features_follow(model, origin):
+    """What the decoder adds to visual tokens after its first layers goes along with tokens that were moved."""
+    decoder, name = model.model.language_model, locate(model).family.injects
+    if not name:
+        yield
+        return
+    original, layer = getattr(decoder, name), 0
+
+    def add(hidden, placeholders, features):
+        nonlocal layer
+        row = placeholders[0].long().cumsum(0) - 1
+        features = features[row[origin[layer][placeholders[0]]]]
+        layer += 1
+        return original(hidden, placeholders, features)
+
+    setattr(decoder, name, add)
+    try:
+        yield
+    finally:
+        delattr(decoder, name)
+
+
+def oracle_logits(model, turns: list[Turn], compact: bool, types: Callable | None = None) -> torch.Tensor:
+    """[sequence, vocabulary] logits of the full model under the masks that the pruned run implies.
+
+    Parameters:
+        types: token ids [1, L] -> further inputs of the model that tell modalities apart, as its processor makes them.
+    """
     ids = [t for turn in turns for t in turn.prompt + turn.generated]
     length, depth = len(ids), len(model.model.language_model.layers)
     alive = torch.ones(depth, length, dtype=torch.bool)  # computed on in its own prefill
@@ -179,14 +247,21 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
         return before
 
     layers = model.model.language_model.layers
-    handles += [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    if all(hasattr(layer, "self_attn") for layer in layers):
+        handles += [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    else:
+        assert torch.equal(late, alive), "nothing can be evicted from a state"
+        handles += _removing_hooks(model, alive, origin, moves, injected)
     pixels = [turn.pixels for turn in turns if turn.pixels is not None]
     try:
-        with torch.no_grad(), _features_of(model, turns):
-            extra = {name: torch.cat([turn.extra[name] for turn in turns if name in turn.extra]) for name in turns[0].extra}
+        with torch.no_grad(), _features_of(model, turns), _features_follow(model, origin):
+            names = dict.fromkeys(name for turn in turns for name in turn.extra)
+            extra = {name: torch.cat([turn.extra[name] for turn in turns if name in turn.extra]) for name in names}
             if pixels:
                 extra["pixel_values"] = torch.cat(pixels)
-            if "image_grid_thw" in extra or "video_grid_thw" in extra:
+            if types is not None:
+                extra |= types(torch.tensor([ids]))
+            elif "image_grid_thw" in extra or "video_grid_thw" in extra:
                 extra["mm_token_type_ids"] = token_types(torch.tensor([ids]))
             out = model(input_ids=torch.tensor([ids]), **extra, use_cache=False)
     finally:
@@ -209,12 +284,7 @@ class Watch:
         self.targets: dict[int, set[int]] = {}
         self._model, self._undo = model, []
         base = model.model
-        self.sealed = type(base).__name__ not in (
-            "LlavaModel",
-            "LlavaNextModel",
-            "LlavaOnevisionModel",
-            "VideoLlavaModel",
-        )
+        self.sealed = bool(locate(model).family.sealed)
         self._wrapped = base.get_image_features
 
         @functools.wraps(self._wrapped)  # generate() reads its signature
@@ -262,10 +332,11 @@ class Watch:
     def turn(self, prompt: list[int], generated: list[int], sample: SampleReport, pixels, row: int, first: int) -> Turn:
         """The turn of sample `row`, whose first image is the run's image `first`."""
         turn = Turn(prompt, generated, sample, pixels)
+        pictures = sample.frames.count(1)
         # nothing leaves inside a sealed encoder, or from videos; masks per tile would need the packing undone
-        turn.whole = self.sealed or max(sample.frames, default=1) > 1
-        if not turn.whole and (self.remade or sample.slots is not None):
-            turn.features = self.features[first : first + len(sample.images)]
+        turn.whole = self.sealed or not pictures
+        if not turn.whole and (self.remade or sample.slots is not None or pictures < len(sample.images)):
+            turn.features = self.features[first : first + pictures]
         for layer, tokens in self.targets.items():
             if sample.images:
                 flowing = len(prompt) - sample.visual_tokens + len(sample.layers[layer])

@@ -39,6 +39,7 @@ class Kind:
         types: padded input_ids [B, L] -> further inputs (mm_token_type_ids, token_type_ids).
         needs: names that transformers must have; older versions skip the family.
         patch_pixels: pixels along a visual token of `picture` at its own scale, for overlays; 0 where it varies.
+        mixes: whether the model itself takes pictures and videos in one call.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Kind:
     types: Callable[[Tensor], Given] = nothing
     needs: tuple[str, ...] = ()
     patch_pixels: int = 0
+    mixes: bool = True
 
     @property
     def available(self) -> bool:

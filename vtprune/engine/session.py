@@ -268,8 +268,8 @@ class Session:
             ahead = any(plan.prefill[layer].ahead for layer in blind)
             cuts = [layer for layer in (those if ahead else [layer + 1 for layer in those]) if 0 < layer < len(attends)]
             raise UnsupportedError(
-                f"{strategy.name} reads the attention of decoder layers {[read[layer] for layer in blind]}, but in {family} these "
-                f"are of linear attention and have none. Have it cut before layers of {cuts} instead, where its settings "
+                f"{strategy.name} reads the attention of decoder layers {[read[layer] for layer in blind]}, but in {family} "
+                f"these are of linear attention and have none. Have it cut before layers of {cuts} instead, where its settings "
                 f"allow, or use a strategy that reads no attention."
             )
 
