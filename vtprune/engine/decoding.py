@@ -362,11 +362,12 @@ class Pass:
         strategy = self.plan.pruner.part("select")
         first = {image: at for images in self.images for at, image in enumerate(images)}
         text_of: dict[int, tuple[Tensor, Tensor]] = {}
-        text_mask = ~self.placeholders if self.stream.valid is None else self.stream.valid & ~self.placeholders
+        stream = self.stream  # as fed: text may be asked for when tokens have left
+        text_mask = ~self.placeholders if stream.valid is None else stream.valid & ~self.placeholders
 
         def text(row: int) -> tuple[Tensor, Tensor]:
             if row not in text_of:
-                count = self.stream.real[row] - self.places[row]
+                count = stream.real[row] - self.places[row]
                 here = torch.sort(text_mask[row], descending=True, stable=True).indices[:count]
                 text_of[row] = embeds[row][here], here[:0] if self.input_ids is None else self.input_ids[row][here]
             return text_of[row]
