@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import transformers
 from harness import ask, assert_masked, assert_same, cache_sizes, run
 from models import IMAGE, VIDEO, preencoding
 from oracle import Watch, oracle_logits
+from PIL import Image
 from transformers import DynamicCache
 from zoo import glm, model_of, qwen2, qwen3
 
@@ -385,3 +387,74 @@ def test_the_brightest_cell_is_the_one_kept(name):
         (sample,) = session.report.samples
         assert sample.grids == [(rows, columns)]
         assert divmod(int(sample.kept), columns) == cell
+
+
+# ---------------------------------------------------------------------- real processors
+
+
+def processor_of(name: str):
+    """The family's processor at the tiny model's patch size, over a tokenizer of characters and its special tokens."""
+    import tokenizers
+
+    start, end = ("<|vision_start|>", "<|vision_end|>") if name != "glm4v" else ("<|begin_of_image|>", "<|end_of_image|>")
+    picture, video = ("<|image_pad|>", "<|video_pad|>") if name != "glm4v" else ("<|image|>", "<|video|>")
+    special = {picture: IMAGE, video: VIDEO, start: qwen2.START, end: qwen2.END}
+    if name == "glm4v":
+        special |= {"<|begin_of_video|>": glm.VIDEO_START, "<|end_of_video|>": glm.VIDEO_END}
+    words = {c: 3 + i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz0123456789.<> ")}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 2, **words, **special}, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=list(special),
+        padding_side="left",
+    )
+    sizes = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    sizes |= {"size": {"shortest_edge": 16 * 16 * 2, "longest_edge": 96 * 96 * 8}}
+    if name == "glm4v":
+        return transformers.Glm4vProcessor(
+            transformers.Glm4vImageProcessor(**sizes), tokenizer, transformers.Glm4vVideoProcessor(**sizes)
+        )
+    return transformers.Qwen3VLProcessor(
+        transformers.Qwen2VLImageProcessor(**sizes), tokenizer, transformers.Qwen3VLVideoProcessor(**sizes)
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "qwen3.5", "glm4v"])
+def test_layouts_are_those_of_the_processor(name):
+    """Pictures of two sizes, and a video whose frames stand apart in the prompt, as the real processor hands them on."""
+    processor, model = processor_of(name), model_of(KINDS[name], "sdpa")
+    glm_like = name == "glm4v"
+    start, end = ("<|begin_of_image|>", "<|end_of_image|>") if glm_like else ("<|vision_start|>", "<|vision_end|>")
+    picture, video = (f"{start}{'<|image|>' if glm_like else '<|image_pad|>'}{end}", "<|video_pad|>")
+    pictures = [Image.new("RGB", size, "navy") for size in ((96, 64), (48, 80))]
+    inputs = processor(
+        text=[f"a {picture} b {picture} what", f"{picture} no"],
+        images=[*pictures, pictures[1]],
+        padding=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad(), vtprune.pruning(model, "divprune", keep=5) as session:
+        model(**inputs)
+    first, second = session.report.samples
+    assert first.grids == [(4, 6), (5, 3)] and second.grids == [(5, 3)]
+    assert first.images == [24, 15] and len(first.kept) == 10 and len(second.kept) == 5
+    clip = torch.zeros(6, 3, 64, 48, dtype=torch.uint8)
+    prompt = "a <|begin_of_video|><|video|><|end_of_video|> what" if glm_like else f"a {start}{video}{end} what"
+    inputs = processor(
+        text=[prompt],
+        videos=[clip],
+        video_metadata=[[{"fps": 2.0, "total_num_frames": 6, "frames_indices": list(range(6)), "duration": 3.0}]],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    runs = (inputs["input_ids"][0] == (IMAGE if glm_like else VIDEO)).long().diff().clamp(min=0).sum()
+    with torch.no_grad(), vtprune.pruning(model, "divprune", keep=5) as session:
+        model(**inputs)
+    (sample,) = session.report.samples
+    frames, rows, columns = inputs["video_grid_thw"][0].tolist()
+    assert int(runs) == frames == sample.frames[0] > 1, "each frame stands apart"
+    assert sample.grids == [(rows // 2, columns // 2)] and sample.images == [frames * rows * columns // 4]
+    assert len(sample.kept) == 5
