@@ -9,6 +9,9 @@ held to its own word and nothing is implemented twice.
 Strategies that merge tokens or rearrange them: what the encoder then made of a picture, and the merged vectors where they
 were made inside the decoder, are taken from the pruned run (golden vectors check those); the order is read from the
 report, and everything else is held to the masks as ever.
+
+Layers of linear attention know no masks. Where a model has such, tokens that have left are taken out of what a layer runs on:
+the full model on the shorter sequence, at the same positions.
 """
 
 from __future__ import annotations
@@ -208,6 +211,64 @@ def _features_of(model, turns: list[Turn]):
         del base.get_image_features
 
 
+def _removing_hooks(model, alive, origin, moves, injected):
+    """Each layer runs on the tokens that are left; what the last one made goes back to the full length."""
+    decoder = model.model.language_model
+    length = alive.shape[1]
+    flowing = torch.arange(length)
+
+    def spread(hidden):
+        full = hidden.new_zeros(1, length, hidden.shape[-1])
+        full[:, flowing] = hidden
+        return full
+
+    def hook(layer):
+        def before(module, args, kwargs):
+            nonlocal flowing
+            found = spread(args[0])
+            full = found.clone()
+            for source, target in moves[layer]:
+                full[0, target] = found[0, source]
+            for at, vector in injected[layer]:
+                full[0, at] = vector
+            flowing = alive[layer].nonzero()[:, 0]
+            rope = tuple(part[..., origin[layer][flowing], :] for part in kwargs["position_embeddings"])
+            causal = torch.ones(1, 1, len(flowing), len(flowing), dtype=torch.bool).tril()
+            mask = _mask(model, causal, "text") if hasattr(module, "self_attn") else None
+            return (full[:, flowing], *args[1:]), {**kwargs, "attention_mask": mask, "position_embeddings": rope}
+
+        return before
+
+    def after(module, args, output):
+        output.last_hidden_state = spread(output.last_hidden_state)
+
+    handles = [one.register_forward_pre_hook(hook(at), with_kwargs=True) for at, one in enumerate(decoder.layers)]
+    return [*handles, decoder.register_forward_hook(after)]
+
+
+@contextmanager
+def _features_follow(model, origin):
+    """What the decoder adds to visual tokens after its first layers goes along with tokens that were moved."""
+    decoder, name = model.model.language_model, locate(model).family.injects
+    if not name:
+        yield
+        return
+    original, layer = getattr(decoder, name), 0
+
+    def add(hidden, placeholders, features):
+        nonlocal layer
+        row = placeholders[0].long().cumsum(0) - 1
+        features = features[row[origin[layer][placeholders[0]]]]
+        layer += 1
+        return original(hidden, placeholders, features)
+
+    setattr(decoder, name, add)
+    try:
+        yield
+    finally:
+        delattr(decoder, name)
+
+
 def oracle_logits(model, turns: list[Turn], compact: bool, types: Callable | None = None) -> torch.Tensor:
     """[sequence, vocabulary] logits of the full model under the masks that the pruned run implies.
 
@@ -277,10 +338,14 @@ def oracle_logits(model, turns: list[Turn], compact: bool, types: Callable | Non
         return before
 
     layers = model.model.language_model.layers
-    handles += [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    if all(hasattr(layer, "self_attn") for layer in layers):
+        handles += [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    else:
+        assert torch.equal(late, alive), "nothing can be evicted from a state"
+        handles += _removing_hooks(model, alive, origin, moves, injected)
     pixels = [turn.pixels for turn in turns if turn.pixels is not None]
     try:
-        with torch.no_grad(), _features_of(model, turns):
+        with torch.no_grad(), _features_of(model, turns), _features_follow(model, origin):
             names = dict.fromkeys(name for turn in turns for name in turn.extra)
             extra = {name: torch.cat([turn.extra[name] for turn in turns if name in turn.extra]) for name in names}
             if pixels:

@@ -53,6 +53,8 @@ def configurations(draw) -> Setting:
     kind = draw(st.sampled_from(sorted(KINDS)))
     keep = draw(st.one_of(st.integers(1, 80), st.floats(0.02, 1.0)))
     shown = "ABVW" if KINDS[kind].video else "AB"
+    if not KINDS[kind].mixes:
+        shown = draw(st.sampled_from(["AB", "VW"]))
     words = st.integers(1, 9)
     prompts = []
     for at in range(draw(st.integers(1, 3))):

@@ -66,6 +66,8 @@ def strategy_for(kind, strategy: str, prompts: str, keep: float = KEEP):
     """The strategy as this family serves it; skips what it refuses, with the reason, and prompts that it has no inputs for."""
     if prompts in ("video", "mixed") and kind.video is None:
         pytest.skip("takes no videos")
+    if prompts == "mixed" and not kind.mixes:
+        pytest.skip("takes no pictures beside videos")
     form = _served(kind, strategy)
     if isinstance(form, str):
         assert strategy not in EVERYWHERE, form

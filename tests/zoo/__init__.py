@@ -41,6 +41,7 @@ class Kind:
         needs: names that transformers must have; older versions skip the family.
         windowed: whether all decoder layers keep a window of tokens alone that is shorter than a prompt.
         patch_pixels: pixels along a visual token of `picture` at its own scale, for overlays; 0 where it varies.
+        mixes: whether the model itself takes pictures and videos in one call.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Kind:
     needs: tuple[str, ...] = ()
     windowed: bool = False
     patch_pixels: int = 0
+    mixes: bool = True
 
     @property
     def available(self) -> bool:

@@ -57,7 +57,7 @@ def report_of(run: Pass) -> Report | None:
             * layer.keys.shape[3]
             * layer.keys.element_size()
             for layer in run.cache.layers
-            if layer.keys is not None
+            if getattr(layer, "keys", None) is not None
         )
     flops, flops_full = _flops(run)
     return Report(

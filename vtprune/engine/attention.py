@@ -255,12 +255,13 @@ def rows_ahead(site: Site, layer: int, hidden: Tensor, rotary: tuple[Tensor, Ten
     norm, to_query, to_key = parts
     normed = norm(hidden)
 
-    def heads(x: Tensor, name: str) -> Tensor:
-        x = x.unflatten(-1, (-1, attention.head_dim))
+    def heads(x: Tensor, name: str, parts: int = 1) -> Tensor:
+        x = x.unflatten(-1, (-1, parts * attention.head_dim))[..., : attention.head_dim]
         extra = getattr(attention, name, None)
         return (x if extra is None else extra(x)).transpose(1, 2)
 
-    q, k = heads(to_query(take(normed, request.rows)), "q_norm"), heads(to_key(normed), "k_norm")
+    q = heads(to_query(take(normed, request.rows)), "q_norm", 1 + family.query_gate)
+    k = heads(to_key(normed), "k_norm")
     cos, sin = rotary
     if _has_positions(attention):
         q = rotate(q, q, take(cos, request.rows), take(sin, request.rows))[0]

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from functools import cache
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from vtprune.pruner import UnsupportedError
 
@@ -189,7 +195,7 @@ def check_cache(cache: Cache, depth: int) -> None:
         while len(cache.layers) < depth:
             cache.layers.append(DynamicLayer())
     fine = (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer)
-    kinds = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in fine})
+    kinds = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in fine and not holds_state(layer)})
     if kinds or len(cache.layers) < depth or getattr(cache, "offloading", False):
         what = f"offloaded {type(cache).__name__}" if getattr(cache, "offloading", False) else type(cache).__name__
         raise UnsupportedError(
@@ -198,9 +204,17 @@ def check_cache(cache: Cache, depth: int) -> None:
         )
 
 
-def is_pruned(cache: Cache | None, layer: int = 0) -> bool:
-    """Whether `layer` of `cache` keeps its own books; after a pruned prefill all layers do."""
-    return cache is not None and layer < len(cache.layers) and isinstance(cache.layers[layer], PrunedLayer)
+def holds_state(layer: object) -> bool:
+    """Whether this layer of a cache keeps one state for all tokens (linear attention), and no token of its own."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)
+
+
+def is_pruned(cache: Cache | None, layer: int | None = None) -> bool:
+    """Whether `layer` of `cache` keeps its own books, or any does; after a pruned prefill all do that hold tokens."""
+    if cache is None:
+        return False
+    layers = cache.layers if layer is None else cache.layers[layer : layer + 1]
+    return any(isinstance(one, PrunedLayer) for one in layers)
 
 
 def held_keys(layer: object) -> int:
@@ -227,5 +241,6 @@ def cache_bytes(cache: Cache | None) -> int:
     """Bytes of all keys and values held."""
     if cache is None:
         return 0
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+    layers = [layer for layer in cache.layers if not holds_state(layer)]
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -69,7 +69,11 @@ class Plan:
     def costs(self) -> tuple[list[tuple[int, int]], int, list[tuple[int, int]]]:
         """FLOPs of the encoder blocks, the projector (per token) and the decoder layers; the modules are walked once."""
         site = self.site
-        return layer_costs(site.encoder_layers), linear_flops_per_token(site.projector), layer_costs(site.decoder_layers)
+        decoder = [
+            (linear, width if attends else 0)
+            for (linear, width), attends in zip(layer_costs(site.decoder_layers), site.attends, strict=True)
+        ]
+        return layer_costs(site.encoder_layers), linear_flops_per_token(site.projector), decoder
 
     @property
     def kernel(self) -> str:
@@ -122,6 +126,7 @@ class Pass:
         self.aside, self.fed_mask = aside, fed_mask
         self.features = features or []
         self.stream: Stream | None = None
+        self.past, self.continues = 0, False  # tokens in the cache, and whether an earlier pass pruned some of them
         self.streams: list[Stream] = []
         self.rows: dict[tuple[str, int], Rows] = {}
         self.items: list[Item] = []
@@ -164,7 +169,7 @@ class Pass:
             kwargs[name] = kwargs.pop(OLD_NAME)  # newer models still take it by its old name
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(name)
         self.cache = cache
-        pruned_before = is_pruned(cache)
+        pruned_before = self.continues = is_pruned(cache)
         if not self.features and not pruned_before:
             return None
         if embeds is None:
@@ -183,7 +188,7 @@ class Pass:
             self.cache = kwargs[cache_name(self.plan.site.decoder)] = DynamicCache(config=config)
         if self.cache is not None and asks:
             check_cache(self.cache, self.plan.depth)
-        past = 0 if self.cache is None else self.cache.get_seq_length()
+        past = self.past = 0 if self.cache is None else self.cache.get_seq_length()
 
         mask, own = kwargs.get("attention_mask"), None
         if _is_made(mask) and (self.fed_mask is None or (isinstance(self.fed_mask, Tensor) and self.fed_mask.ndim == 2)):
@@ -388,11 +393,12 @@ class Pass:
         strategy = self.plan.pruner.part("select")
         first = {image: at for images in self.images for at, image in enumerate(images)}
         text_of: dict[int, tuple[Tensor, Tensor]] = {}
-        text_mask = ~self.placeholders if self.stream.valid is None else self.stream.valid & ~self.placeholders
+        stream = self.stream  # as fed: text may be asked for when tokens have left
+        text_mask = ~self.placeholders if stream.valid is None else stream.valid & ~self.placeholders
 
         def text(row: int) -> tuple[Tensor, Tensor]:
             if row not in text_of:
-                count = self.stream.real[row] - self.places[row]
+                count = stream.real[row] - self.places[row]
                 here = torch.sort(text_mask[row], descending=True, stable=True).indices[:count]
                 text_of[row] = embeds[row][here], here[:0] if self.input_ids is None else self.input_ids[row][here]
             return text_of[row]
@@ -460,12 +466,15 @@ class Pass:
                 hidden = self._cut(layer, hidden, kwargs)
             self.streams.append(self.stream)
             self.held.append(self._held(layer))
-            if not (self.stream.pruned or is_pruned(self.cache, layer)):
+            attends = self.plan.site.attends[layer]
+            if not (self.stream.pruned or (is_pruned(self.cache, layer) if attends else self.continues)):
                 return None
             kwargs = {**kwargs, **self._layer_arguments(layer, hidden, kwargs)}
             return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
     def _layer_arguments(self, layer: int, hidden: Tensor, kwargs: dict) -> dict:
+        if not self.plan.site.attends[layer]:
+            return {"attention_mask": self._state_mask()}
         stream, held = self.stream, self.held[layer]
         cached = None if self.cache is None else self._swapped(layer, self.past_valid, self.masks.past)
         window = None if cached is None or cached.record_past else cached.window
@@ -548,6 +557,37 @@ class Pass:
             lambda: join_valid(held.valid, held.past, stream.valid, stream.index),
             held.valid,
         )
+
+    def _state_mask(self) -> Tensor | None:
+        """bool [B, n], the real tokens, for a layer that folds them into a state; None where all are."""
+        stream = self.stream
+        if stream.valid is None or stream.index.shape[1] == 1:
+            return None
+        if self.past and stream.pruned:
+            raise UnsupportedError(
+                f"the rows of this batch keep different numbers of tokens in a later turn. {self.plan.site.family.name} has "
+                f"layers of linear attention, whose state cannot skip the padding that would stand between the turns. Continue "
+                f"the conversations one by one, or start a new cache."
+            )
+        return stream.valid
+
+    def inject(self, original: Callable, hidden: Tensor, placeholders: Tensor, features: Tensor) -> Tensor:
+        """The model's adding of `features` [placeholders, D] to its visual tokens, for those that are left, where they are.
+
+        A token keeps its own features, moved or with others merged into it.
+
+        Parameters:
+            hidden: [B, n, D] between two layers; placeholders: bool [B, L] of the fed tokens.
+        """
+        stream = self.stream
+        if not self.active or not (stream.pruned or stream.moved is not None):
+            return original(hidden, placeholders, features)
+        source = stream.index if stream.moved is None else stream.moved.gather(1, stream.index)
+        placeholders = placeholders.to(source.device)
+        row = (placeholders.flatten().cumsum(0) - 1).view_as(placeholders).gather(1, source)
+        here = placeholders.gather(1, source)
+        here = here if stream.valid is None else here & stream.valid
+        return original(hidden, here, features[row[here].to(features.device)])
 
     def _cut(self, layer: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Ask `prefill` what goes on from `layer`; returns the hidden states that do."""
@@ -735,6 +775,8 @@ class Pass:
     def _settle(self) -> None:
         """From now on every layer of the cache speaks for itself, and none can be cropped into this prompt."""
         for layer, stream in enumerate(self.streams):
+            if not self.plan.site.attends[layer]:
+                continue
             if layer in self.evicted:  # speaks for itself already, and holds fewer keys than this pass fed
                 self.cache.layers[layer].tail = 0
                 continue

@@ -54,9 +54,10 @@ class Call:
         encoded = given.get("mm_encoder_outputs") or {}
         call = cls(ids, site=site, attention_mask=given.get("attention_mask"))
         length = (ids if ids is not None else embeds).shape[1]
+        present = {m for m in PIXELS if encoded.get(m) is not None or pixels_of(m, given) is not None}
+        taken = {site.placeholder(m) for m in present}
         for modality, names in PIXELS.items():
-            token = site.placeholder(modality)
-            came = encoded.get(modality) is not None or pixels_of(modality, given) is not None
+            token, came = site.placeholder(modality), modality in present
             if token is None or not (came or length > 1):  # a decode step has no prompt to look at
                 continue
             if ids is not None:
@@ -65,7 +66,7 @@ class Call:
                 wanted = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))
                 mask = (embeds == wanted).all(-1)
             if not came:
-                if bool(mask.any()):
+                if token not in taken and bool(mask.any()):  # one id may stand for pictures and videos
                     raise UnsupportedError(
                         f"the prompt has {int(mask.sum())} {modality} placeholder tokens but no {modality} was given. Pass "
                         f"{' or '.join(names)} from the processor, or take the placeholder out of the prompt."

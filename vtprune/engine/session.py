@@ -108,6 +108,7 @@ class Session:
         if any(need.ahead and (need.values or need.queries is None) for need in self.plan.prefill.values()):
             raise VtpruneError(f"{part['prefill'].name}: Needs(ahead=True) gives rows and keys; it needs queries, not values.")
         self._check_layers(self.plan.decode, 0, depth, "decode")
+        self._check_attention()
         self._local = threading.local()
         self._undo: list[Callable[[], None]] = []
         self._report: Report | None = None
@@ -165,6 +166,8 @@ class Session:
         self._hook(decoder.register_forward_hook, self._after_decoder, always_call=True)
         tapped = {layer - 1 for layer, need in self.plan.prefill.items() if need.queries and not need.ahead}
         tapped |= {layer for layer, need in self.plan.decode.items() if need.queries}
+        if self.site.family.injects:
+            self._override(decoder, self.site.family.injects, self._inject)
         for at, layer in enumerate(self.site.decoder_layers):
             self._hook(layer.register_forward_pre_hook, functools.partial(self._before_layer, at), with_kwargs=True)
             if at in tapped:
@@ -267,10 +270,44 @@ class Session:
             if need.queries is not None and block in encoder.windowed:
                 raise VtpruneError(f"{name} asked for rows of block {block}, which attends within windows only.")
 
+    def _check_attention(self) -> None:
+        """Refuse what only layers with attention give, asked of others (linear attention).
+
+        Raises:
+            UnsupportedError: naming the layers that have it.
+        """
+        attends, family, plan = self.site.attends, self.site.family.name, self.plan
+        if all(attends):
+            return
+        those = [layer for layer, attention in enumerate(attends) if attention]
+        held = [layer for layer in plan.decode if not attends[layer]]
+        if held:
+            strategy = self.pruner.part("decode")
+            others = [stage for stage in strategy.stages() if stage != "decode"]
+            without = f"leave that stage out (only({', '.join(map(repr, others))})), or " if others else ""
+            raise UnsupportedError(
+                f"{strategy.name} evicts tokens from the cache of decoder layers {held}, but in {family} these are of linear "
+                f"attention: they fold all tokens into one state, from which none can be taken. Layers with keys and values: "
+                f"{those}. To do without, {without}use a strategy of another stage."
+            )
+        read = {layer: layer if need.ahead else layer - 1 for layer, need in plan.prefill.items() if need.queries is not None}
+        blind = [layer for layer, rows in read.items() if not attends[rows]]
+        if blind:
+            strategy = self.pruner.part("prefill")
+            ahead = any(plan.prefill[layer].ahead for layer in blind)
+            cuts = [layer for layer in (those if ahead else [layer + 1 for layer in those]) if 0 < layer < len(attends)]
+            raise UnsupportedError(
+                f"{strategy.name} reads the attention of decoder layers {[read[layer] for layer in blind]}, but in {family} "
+                f"these are of linear attention and have none. Have it cut before layers of {cuts} instead, where its settings "
+                f"allow, or use a strategy that reads no attention."
+            )
+
     # ------------------------------------------------------------------ the vision encoder
 
     def _encode(self, original: Callable, args: tuple, kwargs: dict):
         """`get_image_features` with pruning; the output keeps its type and full length, dropped rows are zero."""
+        if getattr(self._local, "encoding", None) is not None:
+            return original(*args, **kwargs)  # a video's frames, in models that encode them as pictures
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         pruner = self.encoder
@@ -542,6 +579,13 @@ class Session:
         self._local.running = running
         changed = running.begin(self._arguments("decoder", args, kwargs))
         return None if changed is None else ((), changed)
+
+    def _inject(self, original: Callable, args: tuple, kwargs: dict) -> torch.Tensor:
+        running = getattr(self._local, "running", None)
+        if running is None:
+            return original(*args, **kwargs)
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        return running.inject(original, *bound.args)
 
     def _before_layer(self, layer: int, module, args, kwargs):
         running = getattr(self._local, "running", None)

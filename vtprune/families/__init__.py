@@ -6,9 +6,10 @@ from torch import nn
 
 from vtprune.families.base import Family, Site
 from vtprune.families.gemma import GEMMA3, PALIGEMMA
+from vtprune.families.glm import GLM_V
 from vtprune.families.llava import LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, VIDEO_LLAVA
 from vtprune.families.others import INTERNVL, MISTRAL3, VIP_LLAVA
-from vtprune.families.qwen import QWEN_VL
+from vtprune.families.qwen import QWEN3_5, QWEN3_VL, QWEN_VL
 from vtprune.pruner import UnsupportedError
 
 FAMILIES: tuple[Family, ...] = (
@@ -19,6 +20,9 @@ FAMILIES: tuple[Family, ...] = (
     VIDEO_LLAVA,
     VIP_LLAVA,
     QWEN_VL,
+    QWEN3_VL,
+    QWEN3_5,
+    GLM_V,
     INTERNVL,
     MISTRAL3,
     GEMMA3,

@@ -166,7 +166,11 @@ class Family:
         positions: what positions the decoder's embedding allows.
         prepares_masks: whether the model makes its decoder's masks itself, though the decoder is set to attend in both
             directions.
+        video_token: the configuration's name for the id of a video's placeholders; those of pictures may stand for both.
+        injects: name of the decoder's method that adds features of the encoder's inner blocks to the visual tokens between
+            decoder layers, called with hidden states [B, L, D], placeholders bool [B, L] and features [placeholders, D].
         norm, query, key: names of the norm, query and key projections within a decoder block and its `self_attn`.
+        query_gate: whether the query projection makes a gate of each head too, behind its query.
     """
 
     name: str
@@ -193,9 +197,12 @@ class Family:
     attention: str = "self_attn"
     positions: tuple[str, ...] = ("original", "compact")
     prepares_masks: bool = False
+    video_token: str = "video_token_id"
+    injects: str = ""
     norm: str = "input_layernorm"
     query: str = "q_proj"
     key: str = "k_proj"
+    query_gate: bool = False
 
 
 @dataclass
@@ -213,6 +220,11 @@ class Site:
     def decoder_layers(self) -> list[nn.Module]:
         # configs may use fewer layers than the module list holds; transformers slices the same way
         return list(getattr(self.decoder, self.family.decoder_layers))[: self.decoder.config.num_hidden_layers]
+
+    @cached_property
+    def attends(self) -> list[bool]:
+        """Which decoder layers attend to the tokens before; the others (linear attention) carry a state in their place."""
+        return [hasattr(layer, "self_attn") for layer in self.decoder_layers]
 
     @cached_property
     def encoder_layers(self) -> list[nn.Module]:
@@ -267,7 +279,8 @@ class Site:
 
     def placeholder(self, modality: str) -> int | None:
         """The token id that holds the place of an "image" or "video", or None if the model takes none."""
-        return getattr(self.base.config, f"{modality}_token_id", None)
+        name = self.family.video_token if modality == "video" else f"{modality}_token_id"
+        return getattr(self.base.config, name, None)
 
     @property
     def patch(self) -> int:

@@ -1,4 +1,8 @@
-"""Qwen-VL: pictures of any size, patches merged two by two inside the vision tower, positions with three axes."""
+"""Qwen-VL: pictures of any size, patches merged two by two inside the vision tower, positions with three axes.
+
+Qwen3-VL adds features of inner vision blocks between its first decoder layers (deepstack). Most decoder layers of Qwen3.5 are
+of linear attention.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ from torch import Tensor, nn
 from vtprune.families.base import Family, Layout, Tower
 
 
-def _merged_layouts(base: nn.Module, given: dict[str, Any], grids: str = "image_grid_thw") -> list[Layout]:
+def merged_layouts(base: nn.Module, given: dict[str, Any], grids: str = "image_grid_thw") -> list[Layout]:
+    """Pictures by their grid of patches, merged `spatial_merge_size` times each way."""
     merge = base.visual.spatial_merge_size
     found = []
     for frames, rows, columns in given[grids].tolist():
@@ -20,11 +25,12 @@ def _merged_layouts(base: nn.Module, given: dict[str, Any], grids: str = "image_
     return found
 
 
-def _video_layouts(base: nn.Module, given: dict[str, Any], features: Any) -> list[Layout]:
-    return _merged_layouts(base, given, "video_grid_thw")
+def video_layouts(base: nn.Module, given: dict[str, Any], features: Any) -> list[Layout]:
+    """The same of videos, frame by frame (pairs of them); text may stand between the frames in the prompt."""
+    return merged_layouts(base, given, "video_grid_thw")
 
 
-def _frame_pixels(base: nn.Module, given: dict[str, Any], modality: str) -> list[Tensor]:
+def frame_pixels(base: nn.Module, given: dict[str, Any], modality: str) -> list[Tensor]:
     """Frames put together again from the patches that they are fed as."""
     vision, merge = base.visual.config, base.visual.spatial_merge_size
     patch, times = vision.patch_size, vision.temporal_patch_size
@@ -71,12 +77,39 @@ QWEN_VL = Family(
     encoder_layers=("visual.blocks",),
     projector=("visual.merger",),
     special_tokens=(),
-    layouts=_merged_layouts,
-    videos=_video_layouts,
-    pixels=_frame_pixels,
+    layouts=merged_layouts,
+    videos=video_layouts,
+    pixels=frame_pixels,
     sealed="its vision tower merges patches two by two, so they cannot leave one by one",
     packed=_tower,
     attention="attn",
     # a token's place in the picture is in its position: there is no other numbering of what is left
     positions=("original",),
+)
+QWEN3_VL = Family(
+    name="Qwen3-VL",
+    base_classes=("Qwen3VLModel", "Qwen3VLMoeModel"),
+    encoder_layers=("visual.blocks",),
+    projector=("visual.merger",),
+    special_tokens=(),
+    layouts=merged_layouts,
+    videos=video_layouts,
+    pixels=frame_pixels,
+    sealed="its vision tower merges patches two by two, also those of its inner blocks that go on to the decoder (deepstack), "
+    "so they cannot leave one by one",
+    positions=("original",),
+    injects="_deepstack_process",
+)
+QWEN3_5 = Family(
+    name="Qwen3.5",
+    base_classes=("Qwen3_5Model", "Qwen3_5MoeModel"),
+    encoder_layers=("visual.blocks",),
+    projector=("visual.merger",),
+    special_tokens=(),
+    layouts=merged_layouts,
+    videos=video_layouts,
+    pixels=frame_pixels,
+    sealed="its vision tower merges patches two by two, so they cannot leave one by one",
+    positions=("original",),
+    query_gate=True,
 )
