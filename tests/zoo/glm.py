@@ -68,7 +68,7 @@ def video(model, which):
 def kind(name: str, prefix: str, **text):
     needs = (f"{prefix}ForConditionalGeneration",)
     make = functools.partial(build, prefix, **text)
-    return Kind(name, make, picture, video, (None,), types, needs, patch_pixels=16, mixes=False)
+    return Kind(name, make, picture, video, (None,), types, needs=needs, patch_pixels=16, mixes=False)
 
 
 KINDS = [

@@ -88,7 +88,7 @@ def video(model, which):
 
 
 def kind(name, build, prefix):
-    return Kind(name, build, picture, video, (None,), types, (f"{prefix}ForConditionalGeneration",), patch_pixels=16)
+    return Kind(name, build, picture, video, (None,), types, needs=(f"{prefix}ForConditionalGeneration",), patch_pixels=16)
 
 
 KINDS = [
