@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from models import IMAGE, VIDEO, vision_blocks
 
+from vtprune.families import locate
 from vtprune.pruner import EncodeView
 from vtprune.reporting import SampleReport
 
@@ -121,7 +122,8 @@ def _features_of(model, turns: list[Turn]):
 def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     """[sequence, vocabulary] logits of the full model under the masks that the pruned run implies."""
     ids = [t for turn in turns for t in turn.prompt + turn.generated]
-    length, depth = len(ids), len(model.model.language_model.layers)
+    decoder = locate(model).decoder
+    length, depth = len(ids), len(decoder.layers)
     alive = torch.ones(depth, length, dtype=torch.bool)  # computed on in its own prefill
     late = torch.ones(depth, length, dtype=torch.bool)  # still in the cache afterwards
     after = torch.zeros(length, dtype=torch.long)  # first query that reads the cache a key was left in
@@ -154,7 +156,7 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
 
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     queries = torch.arange(length)[:, None]
-    rotary = model.model.language_model.rotary_emb
+    rotary = decoder.rotary_emb
     masked = not any(turn.features or turn.whole for turn in turns)
     handles = _encoder_hooks(model, turns) if masked else []
 
@@ -178,7 +180,7 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
 
         return before
 
-    layers = model.model.language_model.layers
+    layers = decoder.layers
     handles += [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     pixels = [turn.pixels for turn in turns if turn.pixels is not None]
     try:
@@ -225,7 +227,7 @@ class Watch:
 
         base.get_image_features = get_image_features
         self._undo.append(lambda: setattr(base, "get_image_features", self._wrapped))
-        for at, layer in enumerate(model.model.language_model.layers):
+        for at, layer in enumerate(locate(model).decoder.layers):
             self._undo.append(layer.register_forward_pre_hook(self._take(at)).remove)
         for stage in ("shrink", "encode", "select", "prefill"):
             strategy = pruner.part(stage)

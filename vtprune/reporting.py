@@ -12,6 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vtprune.families.base import Tiling
     from vtprune.measure.clock import Clock
     from vtprune.pruner import FramePlan
     from vtprune.video import Frame
@@ -38,6 +39,7 @@ class SampleReport:
         foreign: kept indices whose vector stands for something else, such as the class token in a dropped patch's place.
         images: tokens of each image before pruning, in order; an image's tokens are numbered after its predecessors'.
         grids: (rows, columns) of each image's tokens, of a video one frame's, or None where they form no grid.
+        tilings: of each image that went in as tiles of their own, how they lie in it; None of others.
     """
 
     visual_tokens: int
@@ -52,6 +54,23 @@ class SampleReport:
     slots: Tensor | None = None
     frames: list[int] = field(default_factory=list)
     plans: list[FramePlan | None] = field(default_factory=list)
+    tilings: list[Tiling | None] = field(default_factory=list)
+
+    def boxes(self, image: int, size: tuple[int, int]) -> Tensor | None:
+        """Where each visual token of an image, or of a video's frames, is in it.
+
+        Parameters:
+            image: which of the sample's images; size: (width, height) of it, as given to the processor.
+        Returns:
+            [tokens, 4] left, top, right, bottom as shares of the width and height of what the processor made of it (a
+            processor that crops shows less than the image); None where that is not known.
+        """
+        from vtprune.families.base import cells
+
+        tokens, tiling, grid = self.images[image], self.tilings[image] if self.tilings else None, self.grids[image]
+        if tiling is not None:
+            return tiling.boxes(tokens, size)
+        return None if grid is None else cells(grid).repeat(tokens // (grid[0] * grid[1]), 1)
 
     @property
     def equivalent_tokens(self) -> float:

@@ -39,6 +39,7 @@ def report_of(run: Pass) -> Report | None:
                 grids=[grid(run.records[i].layout) for i in images],
                 slots=_slots(run, images),
                 frames=[run.records[i].layout.frames for i in images],
+                tilings=[run.records[i].layout.tiling for i in images],
                 plans=[run.image_items[i].plan for i in images],
             )
         )
@@ -160,7 +161,7 @@ def _flops(run: Pass) -> tuple[int, int]:
         if not encoding.lengths:
             continue  # the user's tower answered without running its blocks
         flops += stack_flops(encoder, [[(n, n) for n in lengths] for lengths in encoding.lengths])
-        full += stack_flops(encoder, [[(encoding.sequence,) * 2] * max(1, len(encoding.items))] * len(encoder))
+        full += stack_flops(encoder, [[(n, n) for n in lengths] for lengths in encoding.full_lengths])
     unique = {id(r): r for r in run.records}.values()
     flops += projector * sum(len(r.item.index) for r in unique)
     full += projector * sum(r.size for r in unique)

@@ -204,9 +204,10 @@ def rows_ahead(site: Site, layer: int, hidden: Tensor, rotary: tuple[Tensor, Ten
         return (x if extra is None else extra(x)).transpose(1, 2)
 
     q, k = heads(to_query(take(normed, request.rows)), "q_norm"), heads(to_key(normed), "k_norm")
-    cos, sin = rotary
-    q = rotate(q, q, take(cos, request.rows), take(sin, request.rows))[0]
-    k = rotate(k, k, cos, sin)[1]
+    if family.rotates(attention):
+        cos, sin = rotary
+        q = rotate(q, q, take(cos, request.rows), take(sin, request.rows))[0]
+        k = rotate(k, k, cos, sin)[1]
     k = k if past is None else torch.cat([past, k], 2)
     return _rows(q.float(), k, getattr(attention, "scaling", attention.head_dim**-0.5), request)
 

@@ -115,10 +115,14 @@ class Encoding:
             raise VtpruneError("the model packed other tiles than it was expected to.")
         return packing(**arguments)
 
-    def count(self, tokens: int) -> None:
-        """Note what a block of a sealed encoder runs on: all pictures' patches in one sequence."""
-        self.sequence = tokens
-        self.lengths.append([tokens])
+    def count(self, tokens: list[int]) -> None:
+        """Note what a block of a sealed encoder runs on: the lengths of its sequences."""
+        self.lengths.append(tokens)
+
+    @property
+    def full_lengths(self) -> list[list[int]]:
+        """What its blocks would have run on, had nothing left."""
+        return [[self.sequence] * len(self.items)] * len(self.lengths) if self.items else self.lengths
 
     def before_block(self, block: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Note what the block runs on; hand it a mask where rows are padded."""

@@ -26,6 +26,7 @@ from vtprune.engine.encoding import Encoding, Start, attach_records, new_clock
 from vtprune.engine.identity import identify
 from vtprune.engine.intake import PIXELS, Call, pixels_of
 from vtprune.families import locate
+from vtprune.families.base import Layout
 from vtprune.measure.clock import NoClock
 from vtprune.pruner import BudgetError, Encoder, Pipeline, Pruner, ShrinkView, UnsupportedError, VtpruneError
 from vtprune.reporting import Report
@@ -141,8 +142,8 @@ class Session:
         base, decoder = self.site.base, self.site.decoder
         self._hook(self.model.register_forward_pre_hook, self._refuse_labels, with_kwargs=True)
         self._override(base, "get_image_features", self._encode)
-        if self.site.family.videos is not None:
-            self._override(base, "get_video_features", self._encode_video)
+        if self.site.family.videos is not None and self.site.family.video_features != "get_image_features":
+            self._override(base, self.site.family.video_features, self._encode_video)
         if self.site.family.tiles is not None:
             self._override(base, "pack_image_features", self._pack)
         if self.reads_frames and self.site.family.pooling:
@@ -244,13 +245,15 @@ class Session:
         """`get_image_features` with pruning; the output keeps its type and full length, dropped rows are zero."""
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        call = getattr(self._local, "call", None)
+        if call is not None and "video" in call.pixels and given.get("pixel_values") is call.pixels["video"]:
+            return self._encode_video(original, args, kwargs)  # the model has one method for both
         pruner = self.encoder
         if pruner is not None and self.site.feature_depth(given.get("vision_feature_layer")) != self.encode_depth:
             raise UnsupportedError(
                 f"vision_feature_layer={given['vision_feature_layer']} differs from the model's configuration, which the "
                 f"strategy was prepared for. Set it in the config before wrapping."
             )
-        call = getattr(self._local, "call", None)
         clock = call.clock if call is not None else new_clock(self.site.base)
         start = None
         if self.pruner.part("shrink") is not None:
@@ -312,8 +315,11 @@ class Session:
             elif family.layouts is not None:
                 encoding.layouts = family.layouts(self.site.base, given)
             features = list(pooled)
-            if modality == "video" and len(features) != len(encoding.layouts):
-                # each frame came as a row of its own
+            if modality == "image" and family.tile_tokens is not None:
+                size = family.tile_tokens(self.site.base)
+                encoding.layouts = [Layout(len(feature), tiles=len(feature) // size) for feature in features]
+            if encoding.layouts is not None and len(features) != len(encoding.layouts):
+                # each frame, or tile, came as a row of its own
                 features = list(pooled.reshape(len(encoding.layouts), -1, pooled.shape[-1]))
             rows = attach_records(features, encoding, self)
             if not isinstance(pooled, torch.Tensor):
@@ -381,7 +387,8 @@ class Session:
         encoding = getattr(self._local, "encoding", None)
         if encoding is not None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            encoding.count(hidden.numel() // hidden.shape[-1])
+            # pictures in rows of their own, or one after the other in one sequence
+            encoding.count([hidden.shape[1]] * hidden.shape[0] if hidden.ndim == 3 else [hidden.shape[0]])
 
     def _before_block(self, block: int, module, args, kwargs):
         encoding = getattr(self._local, "encoding", None)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from vtprune.families.base import Family, Site
+from vtprune.families.idefics import IDEFICS3
 from vtprune.families.llava import LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, VIDEO_LLAVA
-from vtprune.families.others import INTERNVL, MISTRAL3, VIP_LLAVA
+from vtprune.families.others import AYA_VISION, FAST_VLM, INTERNVL, MISTRAL3, PERCEPTION_LM, VIP_LLAVA
+from vtprune.families.ovis import OVIS2
 from vtprune.families.qwen import QWEN_VL
 from vtprune.pruner import UnsupportedError
 
@@ -20,6 +22,11 @@ FAMILIES: tuple[Family, ...] = (
     QWEN_VL,
     INTERNVL,
     MISTRAL3,
+    IDEFICS3,
+    AYA_VISION,
+    OVIS2,
+    PERCEPTION_LM,
+    FAST_VLM,
 )
 
 

@@ -29,6 +29,54 @@ def resolve(module: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """Pictures that follow each other in the prompt and are tiles of one image.
+
+    Parameters:
+        tiles: how many there are.
+        whole: which of them shows the image as a whole, or None if none does; the others cut it up, in raster order.
+        grid: (rows, columns) of those others, or None if the prompt does not say.
+        arrange: (how many they are, width / height of the image) -> (rows, columns), for prompts that do not say.
+    """
+
+    tiles: int
+    whole: int | None = None
+    grid: tuple[int, int] | None = None
+    arrange: Callable[[int, float], tuple[int, int]] | None = None
+
+    def boxes(self, tokens: int, size: tuple[int, int]) -> Tensor | None:
+        """Where each of the image's `tokens` is in it.
+
+        Parameters:
+            size: (width, height) of the image.
+        Returns:
+            [tokens, 4] left, top, right, bottom as shares of width and height; None if the tiles' arrangement is not known.
+        """
+        side = math.isqrt(tokens // self.tiles)
+        parts, grid = self.tiles - (self.whole is not None), self.grid
+        if grid is None and parts and self.arrange is not None:
+            grid = self.arrange(parts, size[0] / size[1])
+        if (parts and grid is None) or side * side * self.tiles != tokens:
+            return None
+        found, part = [], 0
+        for tile in range(self.tiles):
+            if tile == self.whole:
+                found.append(cells((side, side)))
+                continue
+            (row, column), part = divmod(part, grid[1]), part + 1
+            inside = cells((side, side)) + torch.tensor([column, row, column, row])
+            found.append(inside / torch.tensor([grid[1], grid[0], grid[1], grid[0]]))
+        return torch.cat(found)
+
+
+def cells(grid: tuple[int, int]) -> Tensor:
+    """[rows * columns, 4] left, top, right, bottom of a grid's cells in raster order, as shares of its width and height."""
+    rows, columns = grid
+    y, x = (part.flatten() for part in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+    return torch.stack([x / columns, y / rows, (x + 1) / columns, (y + 1) / rows], -1)
+
+
+@dataclass(frozen=True)
 class Layout:
     """How an image's placeholder tokens stand for the encoder's patches.
 
@@ -41,6 +89,7 @@ class Layout:
         tiles: pictures that the encoder saw of it; patches: of each of them.
         grid: (rows, columns) of its visual tokens where they form one grid that is not square; of a video, one frame's.
         frames: of a video (merged in time or not), whose tokens come frame by frame; 1 for a picture.
+        tiling: how its tiles lie in it, where they come as pictures of their own, one after the other.
     """
 
     placeholders: int
@@ -50,6 +99,7 @@ class Layout:
     patches: int = 0
     grid: tuple[int, int] | None = None
     frames: int = 1
+    tiling: Tiling | None = None
 
     @property
     def size(self) -> int:
@@ -119,8 +169,12 @@ class Family:
         pixels: (base model, arguments of `get_video_features` or `get_image_features`, "video" or "image") -> the frames of
             each video [F, 3, H, W], or each picture as one frame.
         newline: name of the base model's separator of rows, or "".
-        runs: tiles come as pictures of their own and those that follow each other in the prompt without a token between
-            them are one image.
+        video_features: name of the base model's method that videos go through, where it is not `get_video_features`.
+        runs: (base model, a prompt's token ids, (start, end) of each picture's placeholders in it, in order) -> the images
+            that they are tiles of, for families whose tiles come as pictures of their own (`families/tiles.py` has the
+            usual ones). Fed embeddings instead, equal tokens have equal, negative ids.
+        tile_tokens: base model -> tokens of a picture, for families of `runs` whose features come a sample at a time.
+        rotates: attention module of the decoder -> whether it rotates queries and keys by their positions.
         sealed: why no token can leave inside the vision encoder, or "" if it can.
         positions: what positions the decoder's embedding allows.
         norm, query, key: names of the norm, query and key projections within a decoder block and its `self_attn`.
@@ -143,7 +197,10 @@ class Family:
     projects_pooled: bool = False
     pixels: Callable[[nn.Module, dict[str, Any], str], list[Tensor]] = plain_pixels
     newline: str = ""
-    runs: bool = False
+    video_features: str = "get_video_features"
+    runs: Callable[[nn.Module, list[int], list[tuple[int, int]]], list[Tiling]] | None = None
+    tile_tokens: Callable[[nn.Module], int] | None = None
+    rotates: Callable[[nn.Module], bool] = lambda attention: True
     sealed: str = ""
     positions: tuple[str, ...] = ("original", "compact")
     norm: str = "input_layernorm"
@@ -169,7 +226,8 @@ class Site:
 
     @cached_property
     def encoder_layers(self) -> list[nn.Module]:
-        return list(self._must(self.family.encoder_layers, "vision encoder blocks"))
+        # none are declared where an encoder has none that patches flow through one by one
+        return list(self._must(self.family.encoder_layers, "vision encoder blocks")) if self.family.encoder_layers else []
 
     @cached_property
     def video_layers(self) -> list[nn.Module]:
@@ -291,7 +349,8 @@ class Site:
     def pictures(self, given: dict[str, Any], features: list[Tensor], layouts: list[Layout]) -> list[Frames | None]:
         """Pictures as videos of one frame, for prompts with several; None for those whose tokens form no one grid."""
         found: list[Frames | None] = []
-        pixels = self.family.pixels(self.base, given, "image") if not self.family.runs else [None] * len(features)
+        shown_alone = self.family.runs is None
+        pixels = self.family.pixels(self.base, given, "image") if shown_alone else [None] * len(features)
         for feature, layout, shown in zip(features, layouts, pixels, strict=True):
             grid = self.grid(layout) if layout.tiles == 1 and layout.visual is None else None
             found.append(None if grid is None else Frames(feature[None], grid, None, shown))
