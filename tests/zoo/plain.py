@@ -44,15 +44,14 @@ def tiles(count: int, seed: int, side: int = SIDE) -> Tensor:
 # Idefics3 and SmolVLM --------------------------------------------------------------------------------------------------
 
 
-def idefics(family: str, attn: str):
+def idefics(family: str, attn: str, vocab: int = 100, image: int = IMAGE):
     torch.manual_seed(0)
-    config_class = getattr(transformers, f"{family}Config")
-    # SmolVLM's own defaults for the text model come after the class
-    config = config_class(
-        vision_config=dict(VISION), text_config=transformers.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2
+    text = transformers.LlamaConfig(**{**TEXT, "vocab_size": vocab})
+    config = getattr(transformers, f"{family}Config")(
+        vision_config=dict(VISION), text_config=text, image_token_id=image, scale_factor=2
     )
     model = getattr(transformers, f"{family}ForConditionalGeneration")._from_config(config, attn_implementation=attn)
-    return seeded(model, SUPPRESS)
+    return seeded(model, [*SUPPRESS, image])
 
 
 def marked(rows: int, columns: int) -> list[int]:
@@ -79,12 +78,17 @@ def idefics_picture(model, which: int) -> tuple[Given, list[int]]:
 # Aya Vision ------------------------------------------------------------------------------------------------------------
 
 
-def aya(attn: str):
+def aya(attn: str, vocab: int = 100, image: int = IMAGE, kinds: str = "ffff"):
+    """`kinds`: of its decoder's layers, full or sliding attention; the former know no positions."""
     torch.manual_seed(0)
-    text = transformers.Cohere2Config(**TEXT, logit_scale=0.25, layer_types=["full_attention"] * 4)
+    names = {"f": "full_attention", "s": "sliding_attention"}
+    text = transformers.Cohere2Config(
+        **{**TEXT, "vocab_size": vocab}, logit_scale=0.25, layer_types=[names[kind] for kind in kinds], sliding_window=4096
+    )
     vision = transformers.SiglipVisionConfig(**VISION, vision_use_head=False)
-    config = transformers.AyaVisionConfig(text_config=text, vision_config=vision, image_token_index=IMAGE, downsample_factor=2)
-    return seeded(transformers.AyaVisionForConditionalGeneration._from_config(config, attn_implementation=attn), SUPPRESS)
+    config = transformers.AyaVisionConfig(text_config=text, vision_config=vision, image_token_index=image, downsample_factor=2)
+    model = transformers.AyaVisionForConditionalGeneration._from_config(config, attn_implementation=attn)
+    return seeded(model, [*SUPPRESS, image])
 
 
 def aya_picture(model, which: int) -> tuple[Given, list[int]]:
@@ -99,20 +103,20 @@ def aya_picture(model, which: int) -> tuple[Given, list[int]]:
 # Ovis2 -----------------------------------------------------------------------------------------------------------------
 
 
-def ovis(attn: str):
+def ovis(attn: str, vocab: int = 100, image: int = IMAGE, words: tuple[int, ...] = WORDS):
     torch.manual_seed(0)
     vision = transformers.Ovis2VisionConfig(**VISION, hidden_stride=2, vocab_size=69, num_visual_indicator_tokens=5)
     config = transformers.Ovis2Config(
         vision_config=vision,
-        text_config=transformers.Qwen2Config(**TEXT),
-        image_token_id=IMAGE,
-        visual_indicator_token_ids=list(WORDS),
-        vocab_size=100,
+        text_config=transformers.Qwen2Config(**{**TEXT, "vocab_size": vocab}),
+        image_token_id=image,
+        visual_indicator_token_ids=list(words),
+        vocab_size=vocab,
         hidden_size=32,
         tie_word_embeddings=False,
     )
     model = transformers.Ovis2ForConditionalGeneration._from_config(config, attn_implementation=attn)
-    model = seeded(model, SUPPRESS)
+    model = seeded(model, [*SUPPRESS, image, *words])
     # probabilities of visual words near to even would make all patches one
     torch.nn.init.normal_(model.model.visual_embeddings_table.weight, std=1.0)
     return model
@@ -138,7 +142,7 @@ def ovis_picture(model, which: int) -> tuple[Given, list[int]]:
 PE_SIDE = 32 * GRID  # its patches have 16 pixels and are pooled two by two
 
 
-def perception(attn: str):
+def perception(attn: str, vocab: int = 100, image: int = IMAGE, video: int = VIDEO):
     torch.manual_seed(0)
     vision = transformers.TimmWrapperConfig(
         architecture="vit_pe_core_tiny_patch16_384",
@@ -146,13 +150,13 @@ def perception(attn: str):
     )
     config = transformers.PerceptionLMConfig(
         vision_config=vision,
-        text_config=transformers.LlamaConfig(**TEXT),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        text_config=transformers.LlamaConfig(**{**TEXT, "vocab_size": vocab}),
+        image_token_id=image,
+        video_token_id=video,
         projector_pooling_ratio=2,
     )
     model = transformers.PerceptionLMForConditionalGeneration._from_config(config, attn_implementation=attn)
-    return seeded(model, SUPPRESS)
+    return seeded(model, [*SUPPRESS, image, video])
 
 
 def perception_picture(model, which: int) -> tuple[Given, list[int]]:
@@ -184,6 +188,9 @@ def fast(attn: str):
     for name, parameter in model.model.vision_tower.named_parameters():
         if parameter.ndim > 1:  # convolutions of one channel each would leave nothing of the picture
             torch.nn.init.normal_(parameter, std=1.0 if "gamma" in name else parameter[0].numel() ** -0.5)
+    with torch.no_grad():
+        patches = model.model.vision_tower(tiles(1, 0, FAST_SIDE)).last_hidden_state
+        model.model.multi_modal_projector.linear_1.weight /= patches.flatten(2).std(-1).mean()
     return model
 
 

@@ -79,6 +79,7 @@ class Encoding:
         self.items: list[Item] = []
         self.sequence = 0
         self.lengths: list[list[int]] = []
+        self.flops = 0  # of what is no block, where a family says so
         self._rows: Rows | None = None
         self._mask: Tensor | None = None
 
@@ -274,6 +275,12 @@ class ImageTokens:
             return found
         index = torch.arange(len(features), device=features.device)
         return cls(Item(index, (len(features),)), Layout(len(features)), None)
+
+
+def attach_layout(features: Tensor, layout: Layout, owner: object) -> None:
+    """A record of features that were computed elsewhere, whose layout is known all the same."""
+    index = torch.arange(layout.size, device=features.device)
+    features._vtprune = ImageTokens(Item(index, (layout.size,)), layout, None, owner)
 
 
 def attach_records(features: list[Tensor], encoding: Encoding, owner: object) -> list[Tensor]:

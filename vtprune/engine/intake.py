@@ -160,3 +160,24 @@ def rows_of(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     """Features per picture or video, of a model's `pooler_output`; the tensor objects that carry records, where they do."""
     known = getattr(output, "_vtprune_rows", None)
     return known if known is not None else list(output)
+
+
+def recognised(rows: list[Tensor], known: list[Tensor]) -> list[Tensor]:
+    """Features that lost their records as the model's rows were stacked anew (for beams, say), as the ones they are copies of.
+
+    Parameters:
+        rows: as fed; known: those that were computed last, ahead of the call.
+    Returns:
+        `rows` where they carry records, or hold something else.
+    """
+    if not known or not rows or any(hasattr(row, "_vtprune") for row in rows):
+        return rows
+    flat = torch.cat([row.flatten(0, -2) for row in rows])
+    found, at = [], 0
+    while at < len(flat):
+        here = next((one for one in known if len(one) and torch.equal(flat[at : at + len(one)], one)), None)
+        if here is None:
+            return rows
+        found.append(here)
+        at += len(here)
+    return found

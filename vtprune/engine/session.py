@@ -22,12 +22,12 @@ from torch import nn
 from vtprune.engine.accounting import report_of
 from vtprune.engine.attention import attach_tap
 from vtprune.engine.decoding import Pass, Plan
-from vtprune.engine.encoding import Encoding, Start, attach_records, new_clock
+from vtprune.engine.encoding import Encoding, Start, attach_layout, attach_records, new_clock
 from vtprune.engine.identity import identify
-from vtprune.engine.intake import PIXELS, Call, pixels_of
+from vtprune.engine.intake import PIXELS, Call, pixels_of, recognised
 from vtprune.families import locate
-from vtprune.families.base import Layout
 from vtprune.measure.clock import NoClock
+from vtprune.measure.flops import output_flops
 from vtprune.pruner import BudgetError, Encoder, Pipeline, Pruner, ShrinkView, UnsupportedError, VtpruneError
 from vtprune.reporting import Report
 
@@ -75,7 +75,9 @@ class Session:
         self.encoder: Pruner | None = None
         self.encode_needs, self.encode_depth = {}, 0
         if part["encode"]:
-            blocks, sealed = len(self.site.encoder_layers), self.site.family.sealed
+            sealed = self.site.family.sealed
+            # of an encoder without blocks a strategy is only asked whether it would work inside it; any depth does
+            blocks = len(self.site.encoder_layers) or 24
             self.encode_depth = blocks if sealed else self.site.feature_depth(None)
             # a class token that strategies cannot get at is none
             encoder = Encoder(self.encode_depth, blocks, not sealed and "cls" in self.site.capabilities())
@@ -162,6 +164,8 @@ class Session:
                 self._undo.append(attach_tap(layer.self_attn, functools.partial(self._decoder_requests, at)))
         for at, block in enumerate(self.site.video_layers):
             self._hook(block.register_forward_pre_hook, functools.partial(self._before_block, at), with_kwargs=True)
+        for module in self.site.convolutions:
+            self._hook(module.register_forward_hook, self._count_convolution)
         for at, block in enumerate(self.site.encoder_layers):
             if self.site.family.sealed:
                 self._hook(block.register_forward_pre_hook, self._count_block, with_kwargs=True)
@@ -316,10 +320,9 @@ class Session:
                 encoding.layouts = family.layouts(self.site.base, given)
             features = list(pooled)
             if modality == "image" and family.tile_tokens is not None:
-                size = family.tile_tokens(self.site.base)
-                encoding.layouts = [Layout(len(feature), tiles=len(feature) // size) for feature in features]
-            if encoding.layouts is not None and len(features) != len(encoding.layouts):
-                # each frame, or tile, came as a row of its own
+                encoding.layouts = [family.sample_layout(self.site.base, feature) for feature in features]
+            if family.tiles_apart or (modality == "video" and len(features) != len(encoding.layouts)):
+                # each tile, or frame, came as a row of its own
                 features = list(pooled.reshape(len(encoding.layouts), -1, pooled.shape[-1]))
             rows = attach_records(features, encoding, self)
             if not isinstance(pooled, torch.Tensor):
@@ -344,6 +347,7 @@ class Session:
         if call is None:
             known = [ref for ref in getattr(self._local, "fresh", ()) if ref() is not None]
             self._local.fresh = [*known, *(weakref.ref(f) for f in features)]
+            self._local.ahead = {**getattr(self._local, "ahead", {}), modality: features}
             return
         call.features[modality] = features
         self._hand_on_decisions(modality, pixels, features)
@@ -390,6 +394,11 @@ class Session:
             # pictures in rows of their own, or one after the other in one sequence
             encoding.count([hidden.shape[1]] * hidden.shape[0] if hidden.ndim == 3 else [hidden.shape[0]])
 
+    def _count_convolution(self, module, args, output) -> None:
+        encoding = getattr(self._local, "encoding", None)
+        if encoding is not None:
+            encoding.flops += output_flops(module, output)
+
     def _before_block(self, block: int, module, args, kwargs):
         encoding = getattr(self._local, "encoding", None)
         return None if encoding is None else encoding.before_block(block, args, kwargs)
@@ -416,6 +425,8 @@ class Session:
     def _before_base(self, module, args, kwargs) -> None:
         self._local.call = None
         call = Call.read(self.site, module, self._arguments("base", args, kwargs))
+        ahead, self._local.ahead = getattr(self._local, "ahead", {}), {}
+        call.features = {modality: recognised(rows, ahead.get(modality, [])) for modality, rows in call.features.items()}
         features = [feature for rows in call.features.values() for feature in rows]
         call.clock = clock = NoClock()
         if features:
@@ -451,6 +462,15 @@ class Session:
                 "image features were cut up or copied on their way to the decoder (chunked prefill does that), so a token's "
                 "number in its image is lost. Leave prefill_chunk_size unset, or unwrap the model."
             )
+        family = self.site.family
+        if family.tiles_apart:
+            raise UnsupportedError(
+                f"{family.name}'s features come tile by tile, and which tiles are one image cannot be told from them. Pass pixels, "
+                f"or compute the features with get_image_features of the wrapped model right before the call."
+            )
+        for feature, record in zip(features, records, strict=True):
+            if record is None and family.tile_tokens is not None:
+                attach_layout(feature, family.sample_layout(self.site.base, feature), self)
         within = self.encoder or self.pruner.part("shrink")
         if within is not None:
             raise UnsupportedError(

@@ -174,6 +174,9 @@ class Family:
             that they are tiles of, for families whose tiles come as pictures of their own (`families/tiles.py` has the
             usual ones). Fed embeddings instead, equal tokens have equal, negative ids.
         tile_tokens: base model -> tokens of a picture, for families of `runs` whose features come a sample at a time.
+        tiles_apart: features come a tile, or frame, at a time; `layouts` and `videos` say which are one image.
+        convolutional: dotted paths of an encoder without such blocks as patches flow through; its FLOPs are those of its
+            convolutions and linear layers.
         rotates: attention module of the decoder -> whether it rotates queries and keys by their positions.
         sealed: why no token can leave inside the vision encoder, or "" if it can.
         positions: what positions the decoder's embedding allows.
@@ -200,12 +203,18 @@ class Family:
     video_features: str = "get_video_features"
     runs: Callable[[nn.Module, list[int], list[tuple[int, int]]], list[Tiling]] | None = None
     tile_tokens: Callable[[nn.Module], int] | None = None
+    tiles_apart: bool = False
+    convolutional: tuple[str, ...] = ()
     rotates: Callable[[nn.Module], bool] = lambda attention: True
     sealed: str = ""
     positions: tuple[str, ...] = ("original", "compact")
     norm: str = "input_layernorm"
     query: str = "q_proj"
     key: str = "k_proj"
+
+    def sample_layout(self, base: nn.Module, features: Tensor) -> Layout:
+        """The layout of a sample's pictures in one row, for families with `tile_tokens`."""
+        return Layout(len(features), tiles=len(features) // self.tile_tokens(base))
 
 
 @dataclass
@@ -228,6 +237,13 @@ class Site:
     def encoder_layers(self) -> list[nn.Module]:
         # none are declared where an encoder has none that patches flow through one by one
         return list(self._must(self.family.encoder_layers, "vision encoder blocks")) if self.family.encoder_layers else []
+
+    @cached_property
+    def convolutions(self) -> list[nn.Module]:
+        """Convolutions and linear layers of an encoder that has no such blocks."""
+        paths = self.family.convolutional
+        encoder = self._must(paths, "vision encoder") if paths else nn.Identity()
+        return [module for module in encoder.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
 
     @cached_property
     def video_layers(self) -> list[nn.Module]:

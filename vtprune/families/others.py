@@ -75,12 +75,14 @@ PERCEPTION_LM = Family(
     layouts=_pooled_tiles,
     videos=_pooled_frames,
     video_features="get_image_features",
+    tiles_apart=True,
     sealed="its projector pools patches two by two and its encoder is timm's, which hands out no attention rows",
 )
 FAST_VLM = Family(
     name="FastVLM",
     base_classes=("FastVlmModel",),
     encoder_layers=(),
+    convolutional=("vision_tower",),
     special_tokens=(),
     sealed="its encoder is convolutional (FastViT), so a token cannot leave out of its neighbours' reach",
 )
