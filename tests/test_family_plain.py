@@ -14,8 +14,8 @@ from harness import ask, run
 from models import IMAGE, TOKENS, preencoding
 from oracle import Watch, oracle_logits
 from transformers import DynamicCache
-from zoo import model_of
-from zoo.plain import KINDS, MARK, NEWLINE, OVERVIEW, WORDS, marked, worded
+from zoo import every, model_of
+from zoo.plain import KINDS, NEWLINE, WORDS, marked, worded
 
 import vtprune
 from vtprune.families.ovis import _worded
@@ -56,7 +56,7 @@ def test_what_its_encoder_refuses(kind):
     class Inside(vtprune.FlowCut):
         requires = frozenset()
 
-    with pytest.raises(vtprune.UnsupportedError, match="works inside the vision encoder, which .* does not allow: it"):
+    with pytest.raises(vtprune.UnsupportedError, match=r"works inside the vision encoder, which .* does not allow: it"):
         vtprune.wrap(model, Inside(keep=10))
     with pytest.raises(vtprune.UnsupportedError, match="needs cls"):
         vtprune.wrap(model, "visionzip", keep=10)
@@ -64,18 +64,22 @@ def test_what_its_encoder_refuses(kind):
         vtprune.wrap(model, "resolution", keep=10)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", every(), ids=str)
 @preencoding
 def test_beams_batch_equals_single(kind):
     """Beams stack features anew in some families: what was known of them is found again."""
-    asked, options = ask(kind, PADDED), {"num_beams": 2}
-    for pruner in (vtprune.DivPrune(keep=10), vtprune.FastV(keep=0.5, layer=1)):
+    for prompts in [PADDED, [[2, "V", 5], [3, "W", 4]]][: 1 + (kind.video is not None)]:
+        asked, options = ask(kind, prompts), {"num_beams": 2}
+        pruner = vtprune.create("random+fastv+evict", keep=20, layer=1)
         together = run(asked, pruner=pruner, **options)
-        assert len(together.report.samples) == 3
-        for row in range(3):
+        # PerceptionLM's videos are encoded once for each beam, so each counts
+        step = 2 if kind.name == "perception_lm" and prompts is not PADDED else 1
+        assert len(together.report.samples) == step * len(prompts)
+        for row in range(len(prompts)):
             alone = run(asked.alone(row), pruner=pruner, **options)
             assert torch.equal(alone.tokens[0], together.tokens[row])
-            assert alone.report.samples[0].images == together.report.samples[row].images
+            assert alone.report.samples[0].images == together.report.samples[step * row].images
+            assert alone.report.samples[0].tilings == together.report.samples[step * row].tilings
 
 
 @every_kind
@@ -83,6 +87,10 @@ def test_embeddings_fed_by_the_user_are_pruned_as_ids_are(kind):
     """Tiles are told to belong together by what stands between them, which embeddings show as well as ids do."""
     model, (ids, given) = model_of(kind), (ask(kind, PADDED[1:2]).ids, ask(kind, PADDED[1:2]).given)
     ids = torch.tensor(ids)
+    try:
+        model(inputs_embeds=model.get_input_embeddings()(ids), **given[0])
+    except ValueError:
+        pytest.skip("this version takes no embeddings beside pixels")
     with torch.no_grad(), vtprune.pruning(model, "divprune", keep=10) as session:
         fed = model(input_ids=ids, **given[0]).logits
         by_ids = session.report.samples[0]
@@ -98,8 +106,6 @@ def test_features_computed_elsewhere(kind):
     model, asked = model_of(kind), ask(kind, PADDED[1:2])
     with torch.no_grad():
         bare = model.model.get_image_features(**asked.given[0], return_dict=True)
-        if "mm_encoder_outputs" not in model.forward.__code__.co_varnames and not preencoding.args[0]:
-            assert hasattr(bare, "pooler_output")
         if preencoding.args[0]:
             pytest.skip("features cannot be handed over before transformers 5.18")
         with vtprune.pruning(model, "divprune", keep=10) as session:
@@ -183,8 +189,6 @@ def test_the_token_of_a_patch(kind):
     place = {"ovis2": "vision_tower.transformer", "idefics3": "connector", "smolvlm": "connector"}
     module = model.model.get_submodule(place.get(kind.name, "multi_modal_projector"))
     row, column, side = 7, 4, 12
-    special = 1 if kind.name == "perception_lm" else 0  # its class token is cut off before
-    assert special in (0, 1)
 
     def nudge(features):
         features = features.clone()
@@ -229,7 +233,6 @@ def test_tiles_are_told_apart_by_what_stands_between_them():
     # no image of the processor's: rows of different length stay one image, of no known arrangement
     odd = [t for t in marked(1, 2)[: -TOKENS - 4]] + marked(1, 3)
     assert read(odd) == [(6, None)]
-    assert (MARK, OVERVIEW) == (97, 96)
 
     class Base:
         visual_indicator_token_ids = WORDS
@@ -378,7 +381,7 @@ def test_the_processors_prompt_has_the_declared_layout(name):
     vtprune.unwrap(model)
 
 
-def brightness(name: str, pixels: torch.Tensor, cell: int) -> torch.Tensor:
+def brightness(pixels: torch.Tensor, cell: int) -> torch.Tensor:
     """[tokens] how bright each token's cell is, tile by tile."""
     return torch.nn.functional.avg_pool2d(pixels.mean(1, keepdim=True), cell).flatten()
 
@@ -387,7 +390,7 @@ def brightness(name: str, pixels: torch.Tensor, cell: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [PICTURES[0], (150, 320, 0.3, 0.8), (200, 190, 0.7, 0.1), (310, 300, 0.05, 0.55)])
 def test_the_brightest_tokens_box_covers_the_bright_square(name, shape):
     """Through the real processor: in each tile that shows the square, the brightest token's box is on it."""
-    processor, word, token, build = PROCESSORS[name]()
+    processor, word, _, build = PROCESSORS[name]()
     width, height, left, top = shape
     inputs = processor(images=[picture(*shape)], text=[f"{word}?"], return_tensors="pt")
     pixels = inputs["pixel_values"].flatten(0, -4)
@@ -398,7 +401,7 @@ def test_the_brightest_tokens_box_covers_the_bright_square(name, shape):
     sample = session.report.samples[0]
     boxes = sample.boxes(0, (width, height))
     assert boxes.shape == (sample.visual_tokens, 4) and boxes.min() >= 0 and boxes.max() <= 1
-    light = brightness(name, pixels, pixels.shape[-1] // 6)
+    light = brightness(pixels, pixels.shape[-1] // 6)
     assert len(light) == sample.visual_tokens
     bright = min(width, height) // 5
     square = (left, top, left + bright / width, top + bright / height)
@@ -433,7 +436,7 @@ def test_frames_of_smolvlm_are_pictures():
     """Its processor feeds a video as pictures with a time stamp each: every frame has the budget."""
     import numpy
 
-    processor, _, token, build = PROCESSORS["smolvlm"]()
+    processor, _, _, build = PROCESSORS["smolvlm"]()
     frames = numpy.random.default_rng(0).integers(0, 255, (4, 60, 80, 3), dtype=numpy.uint8)
     inputs = processor(videos=[frames], text=["<video>What?"], return_tensors="pt", padding=True)
     given = {key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask") or "pixel" in key}

@@ -318,7 +318,7 @@ class Session:
                 pixels = given.get("pixel_values") if pixels is None else pixels  # its name before transformers 5.18
             elif family.layouts is not None:
                 encoding.layouts = family.layouts(self.site.base, given)
-            features = list(pooled)
+            features = [feature.flatten(0, -2) for feature in pooled]  # Aya Vision's are a grid before transformers 5.17
             if modality == "image" and family.tile_tokens is not None:
                 encoding.layouts = [family.sample_layout(self.site.base, feature) for feature in features]
             if family.tiles_apart or (modality == "video" and len(features) != len(encoding.layouts)):
@@ -465,8 +465,8 @@ class Session:
         family = self.site.family
         if family.tiles_apart:
             raise UnsupportedError(
-                f"{family.name}'s features come tile by tile, and which tiles are one image cannot be told from them. Pass pixels, "
-                f"or compute the features with get_image_features of the wrapped model right before the call."
+                f"{family.name}'s features come tile by tile, and which tiles are one image cannot be told from them. Pass "
+                f"pixels, or compute the features with get_image_features of the wrapped model right before the call."
             )
         for feature, record in zip(features, records, strict=True):
             if record is None and family.tile_tokens is not None:
