@@ -19,8 +19,9 @@ from zoo.plain import KINDS, NEWLINE, WORDS, marked, worded
 
 import vtprune
 from vtprune.families.ovis import _worded
-from vtprune.families.tiles import closest, fitting, touching
 from vtprune.families.tiles import marked as by_marks
+from vtprune.families.tiles import touching
+from vtprune.places import arrangement
 from vtprune.pruner import Needs, Pruner
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -79,7 +80,7 @@ def test_beams_batch_equals_single(kind):
             alone = run(asked.alone(row), pruner=pruner, **options)
             assert torch.equal(alone.tokens[0], together.tokens[row])
             assert alone.report.samples[0].images == together.report.samples[step * row].images
-            assert alone.report.samples[0].tilings == together.report.samples[step * row].tilings
+            assert alone.report.samples[0].views == together.report.samples[step * row].views
 
 
 @every_kind
@@ -218,21 +219,21 @@ def test_tiles_are_told_apart_by_what_stands_between_them():
 
     def read(*parts):
         ids = [1, *[t for part in parts for t in part]]
-        return [(tiling.tiles, tiling.grid) for tiling in by_marks(None, ids, spans(ids))]
+        return [(tiling.tiles, tiling.across) for tiling in by_marks(None, ids, spans(ids))]
 
     split, single = marked(2, 3), marked(0, 0)
     one_break = [t for i, t in enumerate(split) if not (t == NEWLINE and split[i - 1] == NEWLINE)]  # "\n\n" as one token
     for image in (split, one_break):
-        assert read(image) == [(7, (2, 3))]
-        assert read([5], image, single, image, [5, 6]) == [(7, (2, 3)), (1, None), (7, (2, 3))]
-    assert read(single, [NEWLINE, NEWLINE], single, [7], single) == [(1, None)] * 3
+        assert read(image) == [(7, 3)]
+        assert read([5], image, single, image, [5, 6]) == [(7, 3), (1, 0), (7, 3)]
+    assert read(single, [NEWLINE, NEWLINE], single, [7], single) == [(1, 0)] * 3
     # frames of a video: a time stamp each
-    assert read(*[[NEWLINE, 11, 12, 13, *single]] * 4) == [(1, None)] * 4
+    assert read(*[[NEWLINE, 11, 12, 13, *single]] * 4) == [(1, 0)] * 4
     # made by hand, without marks
-    assert read([IMAGE] * TOKENS, [7], [IMAGE] * TOKENS, [7, 8, 9], [IMAGE] * TOKENS) == [(1, None)] * 3
+    assert read([IMAGE] * TOKENS, [7], [IMAGE] * TOKENS, [7, 8, 9], [IMAGE] * TOKENS) == [(1, 0)] * 3
     # no image of the processor's: rows of different length stay one image, of no known arrangement
     odd = [t for t in marked(1, 2)[: -TOKENS - 4]] + marked(1, 3)
-    assert read(odd) == [(6, None)]
+    assert read(odd) == [(6, 0)]
 
     class Base:
         visual_indicator_token_ids = WORDS
@@ -240,9 +241,9 @@ def test_tiles_are_told_apart_by_what_stands_between_them():
     for rows, columns in ((1, 1), (2, 3), (1, 4), (3, 1)):
         ids = [1, 5, *worded(rows, columns), *worded(1, 1), *worded(rows, columns), 7]
         parts = rows * columns
-        expected = (1, None) if parts == 1 else (1 + parts, (rows, columns))
-        found = [(tiling.tiles, tiling.grid) for tiling in _worded(Base, ids, spans_of(ids))]
-        assert found == [expected, (1, None), expected]
+        expected = (1, 0) if parts == 1 else (1 + parts, columns)
+        found = [(tiling.tiles, tiling.across) for tiling in _worded(Base, ids, spans_of(ids))]
+        assert found == [expected, (1, 0), expected]
 
     ids = [IMAGE] * 8 + [5] + [IMAGE] * 4
     assert [t.tiles for t in touching(None, ids, [(0, 4), (4, 8), (9, 13)])] == [2, 1]
@@ -377,7 +378,7 @@ def test_the_processors_prompt_has_the_declared_layout(name):
     samples = vtprune.report(model).samples
     assert [len(s.images) for s in samples] == [1, 2] and [s.visual_tokens for s in samples] == fed
     assert [len(s.kept) for s in samples] == [15, 30] and samples[0].images[0] == samples[1].images[1]
-    assert session.report.samples[0].tilings[0].tiles * TOKENS == fed[0]
+    assert len(session.report.samples[0].views[0]) * TOKENS == fed[0]
     vtprune.unwrap(model)
 
 
@@ -399,12 +400,13 @@ def test_the_brightest_tokens_box_covers_the_bright_square(name, shape):
     with torch.no_grad(), vtprune.pruning(model, "uniform", keep=5) as session:
         model(**given)
     sample = session.report.samples[0]
-    boxes = sample.boxes(0, (width, height))
-    assert boxes.shape == (sample.visual_tokens, 4) and boxes.min() >= 0 and boxes.max() <= 1
+    boxes = sample.boxes(0, (width, height), fit="stretch")
+    assert boxes.shape == (sample.visual_tokens, 4) and boxes.min() >= 0 and (boxes.max(0) <= max(width, height)).all()
     light = brightness(pixels, pixels.shape[-1] // 6)
     assert len(light) == sample.visual_tokens
     bright = min(width, height) // 5
-    square = (left, top, left + bright / width, top + bright / height)
+    x, y = round(left * width), round(top * height)
+    square = (x, y, x + bright, y + bright)
     tiles = light.view(-1, TOKENS)
     shown = 0
     for tile, row in enumerate(tiles):
@@ -426,10 +428,10 @@ def test_arrangements_are_those_of_the_processors():
     for _ in range(60):
         width, height = draw.randint(20, 1500), draw.randint(20, 1500)
         columns, rows = get_optimal_tiled_canvas((height, width), (64, 64), 1, 12)
-        assert closest(columns * rows, width / height) == (rows, columns)
+        assert arrangement(columns * rows, width, height) == (rows, columns)
         canvas = perception._fit_image_to_canvas(img_width=width, img_height=height, tile_size=64)
         if canvas is not None:
-            assert fitting(canvas[0] * canvas[1], width / height) == canvas[::-1]
+            assert arrangement(canvas[0] * canvas[1], width, height, largest=True) == canvas[::-1]
 
 
 def test_frames_of_smolvlm_are_pictures():

@@ -125,7 +125,7 @@ class Call:
                 tiles = [next(left) for _ in range(tiling.tiles)]
                 key = tuple((id(feature), picture) for _, _, feature, picture in tiles)
                 if key not in known:
-                    known[key] = _one_image([(feature, count) for _, count, feature, _ in tiles], tiling)
+                    known[key] = _one_image(self.site, [(feature, count) for _, count, feature, _ in tiles], tiling)
                 images.append(known[key])
         return images
 
@@ -136,7 +136,7 @@ class Call:
         return (-1 - torch.unique(self.embeds[row].float(), dim=0, return_inverse=True)[1]).tolist()
 
 
-def _one_image(tiles: list[tuple[Tensor, int]], tiling: Tiling) -> Tensor:
+def _one_image(site: Site, tiles: list[tuple[Tensor, int]], tiling: Tiling) -> Tensor:
     """Tiles that came as pictures of their own, as one image with a record of its own; the first tile remembers it.
 
     Parameters:
@@ -148,7 +148,11 @@ def _one_image(tiles: list[tuple[Tensor, int]], tiling: Tiling) -> Tensor:
         return first
     size = sum(count for _, count in tiles)
     index = torch.arange(size, device=first.device)
-    layout = Layout(size, tiles=len(tiles), tiling=tiling if len(tiles) > 1 else None)
+    layout = Layout(size)
+    if len(tiles) > 1:
+        grid = site.grid(tiles[0][1])
+        alike = grid is not None and len({count for _, count in tiles}) == 1
+        layout = Layout(size, tiles=len(tiles), views=tiling.views(grid) if alike else ())
     record = ImageTokens(Item(index, (size,)), layout, before.encoding, before.owner)
     record.replays = before.replays
     joined = first.new_empty(0)  # its vectors are in the prompt by now: only the record is wanted

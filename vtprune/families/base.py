@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtprune.places import View
 from vtprune.pruner import Frames, UnsupportedError
 
 
@@ -35,45 +36,20 @@ class Tiling:
     Parameters:
         tiles: how many there are.
         whole: which of them shows the image as a whole, or None if none does; the others cut it up, in raster order.
-        grid: (rows, columns) of those others, or None if the prompt does not say.
-        arrange: (how many they are, width / height of the image) -> (rows, columns), for prompts that do not say.
+        across: how many of those are side by side, or 0 if the prompt does not say; largest: as in `View`.
     """
 
     tiles: int
     whole: int | None = None
-    grid: tuple[int, int] | None = None
-    arrange: Callable[[int, float], tuple[int, int]] | None = None
+    across: int = 0
+    largest: bool = False
 
-    def boxes(self, tokens: int, size: tuple[int, int]) -> Tensor | None:
-        """Where each of the image's `tokens` is in it.
-
-        Parameters:
-            size: (width, height) of the image.
-        Returns:
-            [tokens, 4] left, top, right, bottom as shares of width and height; None if the tiles' arrangement is not known.
-        """
-        side = math.isqrt(tokens // self.tiles)
-        parts, grid = self.tiles - (self.whole is not None), self.grid
-        if grid is None and parts and self.arrange is not None:
-            grid = self.arrange(parts, size[0] / size[1])
-        if (parts and grid is None) or side * side * self.tiles != tokens:
-            return None
-        found, part = [], 0
-        for tile in range(self.tiles):
-            if tile == self.whole:
-                found.append(cells((side, side)))
-                continue
-            (row, column), part = divmod(part, grid[1]), part + 1
-            inside = cells((side, side)) + torch.tensor([column, row, column, row])
-            found.append(inside / torch.tensor([grid[1], grid[0], grid[1], grid[0]]))
-        return torch.cat(found)
-
-
-def cells(grid: tuple[int, int]) -> Tensor:
-    """[rows * columns, 4] left, top, right, bottom of a grid's cells in raster order, as shares of its width and height."""
-    rows, columns = grid
-    y, x = (part.flatten() for part in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
-    return torch.stack([x / columns, y / rows, (x + 1) / columns, (y + 1) / rows], -1)
+    def views(self, grid: tuple[int, int]) -> tuple[View, ...]:
+        """The image's grids, each tile's tokens being a `grid` (rows, columns)."""
+        parts = [at for at in range(self.tiles) if at != self.whole]
+        whole, cut = View(*grid), {"tiles": len(parts), "across": self.across, "largest": self.largest}
+        number = {at: n for n, at in enumerate(parts)}
+        return tuple(whole if at == self.whole else View(*grid, tile=number[at], **cut) for at in range(self.tiles))
 
 
 @dataclass(frozen=True)
@@ -89,7 +65,7 @@ class Layout:
         tiles: pictures that the encoder saw of it; patches: of each of them.
         grid: (rows, columns) of its visual tokens where they form one grid that is not square; of a video, one frame's.
         frames: of a video (merged in time or not), whose tokens come frame by frame; 1 for a picture.
-        tiling: how its tiles lie in it, where they come as pictures of their own, one after the other.
+        views: the grids that its visual tokens come in, where there are several; () for the one that `grid` says.
     """
 
     placeholders: int
@@ -99,7 +75,7 @@ class Layout:
     patches: int = 0
     grid: tuple[int, int] | None = None
     frames: int = 1
-    tiling: Tiling | None = None
+    views: tuple[View, ...] = ()
 
     @property
     def size(self) -> int:
@@ -130,8 +106,22 @@ def layouts_by_packing(pack: Callable[..., Any], arguments: dict[str, Any]) -> l
         visual = (image[:, 0] >= 0).nonzero()[:, 0]
         patch = image[visual, 0]
         whole = bool((patch == patch.round()).all())
-        found.append(Layout(len(image), visual, patch.long() if whole else None, tiles, patches))
+        views = _packed_views(image[:, 0] < 0, tiles, patches)
+        found.append(Layout(len(image), visual, patch.long() if whole else None, tiles, patches, views=views))
     return found
+
+
+def _packed_views(separators: Tensor, tiles: int, patches: int) -> tuple[View, ...]:
+    """The picture as a whole, then its tiles as one grid, each row of which a separator ends; () where none tells the rows."""
+    side = math.isqrt(patches)
+    if side * side != patches:
+        return ()
+    if tiles == 1:
+        return (View(side, side),)
+    behind = separators[patches:]
+    rows = int(behind.sum())
+    columns = 0 if rows == 0 else len(behind) // rows - 1
+    return (View(side, side), View(rows, columns)) if rows * (columns + 1) == len(behind) > 0 else ()
 
 
 def plain_pixels(base: nn.Module, given: dict[str, Any], modality: str) -> list[Tensor]:
@@ -338,6 +328,13 @@ class Site:
             tokens = tokens.size
         side = math.isqrt(tokens)
         return (side, side) if side * side == tokens else None
+
+    def views(self, layout: Layout) -> tuple[View, ...]:
+        """The grids that a picture's visual tokens come in; () if they form none, or for a video."""
+        if layout.views or layout.frames > 1:
+            return layout.views
+        grid = self.grid(layout)
+        return () if grid is None else (View(*grid),)
 
     def frames(
         self, given: dict[str, Any], pooled: Tensor | None, features: list[Tensor], layouts: list[Layout]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtprune.families.base import Family, Layout, Tiling
-from vtprune.families.tiles import fitting, one_apart, touching
+from vtprune.families.tiles import one_apart, touching
 
 
 def _merged_by_size(base: nn.Module, given: dict[str, Any]) -> list[Layout]:
@@ -21,9 +21,9 @@ def _merged_by_size(base: nn.Module, given: dict[str, Any]) -> list[Layout]:
 def _pooled_tiles(base: nn.Module, given: dict[str, Any]) -> list[Layout]:
     """PerceptionLM's pictures, fed as [pictures, tiles, 3, H, W], the overview first."""
     pictures, tiles = given["pixel_values"].shape[:2]
-    tokens = math.prod(_pooled_grid(base, given["pixel_values"]))
-    tiling = Tiling(tiles, 0, arrange=fitting) if tiles > 1 else None
-    return [Layout(tiles * tokens, tiles=tiles, tiling=tiling)] * pictures
+    grid = _pooled_grid(base, given["pixel_values"])
+    views = Tiling(tiles, 0, largest=True).views(grid)
+    return [Layout(tiles * math.prod(grid), tiles=tiles, views=views)] * pictures
 
 
 def _pooled_frames(base: nn.Module, given: dict[str, Any], features: Tensor) -> list[Layout]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vtprune.families.base import Family, Tiling
-from vtprune.families.tiles import Span, closest, grouped
+from vtprune.families.tiles import Span, grouped
 
 
 def _worded(base: nn.Module, ids: list[int], spans: list[Span]) -> list[Tiling]:
@@ -18,7 +18,7 @@ def _worded(base: nn.Module, ids: list[int], spans: list[Span]) -> list[Tiling]:
         columns = len(group[1:]) // rows
         expected = ([column_end] * (columns - 1) + [row_end]) * rows
         regular = len(group) > 1 and ids[group[0][1]] == behind_overview and [*between, row_end] == expected
-        found.append(Tiling(len(group), 0, (rows, columns) if regular else None, closest))
+        found.append(Tiling(len(group), 0, columns if regular else 0))
     return found
 
 

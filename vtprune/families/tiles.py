@@ -12,20 +12,6 @@ from vtprune.families.base import Tiling
 Span = tuple[int, int]
 
 
-def closest(parts: int, aspect: float) -> tuple[int, int]:
-    """(rows, columns) of `parts` tiles whose shape is nearest to an image's `aspect` (width / height), as GOT-OCR2's image
-    processor chooses it, which InternVL and Aya Vision use."""
-    pairs = [(rows, parts // rows) for rows in range(1, parts + 1) if parts % rows == 0]
-    return min(pairs, key=lambda grid: abs(aspect - grid[1] / grid[0]))
-
-
-def fitting(parts: int, aspect: float) -> tuple[int, int]:
-    """(rows, columns) of `parts` tiles in which an image of `aspect` (width / height) is largest, as PerceptionLM's image
-    processor chooses it."""
-    pairs = [(rows, parts // rows) for rows in range(1, parts + 1) if parts % rows == 0]
-    return max(pairs, key=lambda grid: min(grid[1], grid[0] * aspect))
-
-
 def touching(base: nn.Module, ids: list[int], spans: list[Span], apart: int = 0) -> list[Tiling]:
     """Tiles with at most `apart` tokens between them are one image, its overview last (InternVL, Aya Vision)."""
     return [_tiling(len(group)) for group in grouped(spans, lambda one, two: two[0] - one[1] <= apart)]
@@ -53,7 +39,7 @@ def marked(base: nn.Module, ids: list[int], spans: list[Span]) -> list[Tiling]:
         rows = [end - start for start, end in zip([-1, *ends[:-1]], ends, strict=True)] if ends else []
         # rows of equal length, then the overview alone: anything else was not made by the processor
         regular = bool(ends) and ends[-1] == len(group) - 2 and len(set(rows)) == 1
-        found.append(_tiling(len(group), (len(rows), rows[0]) if regular else None))
+        found.append(_tiling(len(group), rows[0] if regular else 0))
     return found
 
 
@@ -68,6 +54,6 @@ def grouped(spans: list[Span], together: Callable[[Span, Span], bool]) -> list[l
     return groups
 
 
-def _tiling(tiles: int, grid: tuple[int, int] | None = None) -> Tiling:
+def _tiling(tiles: int, across: int = 0) -> Tiling:
     """The usual tiling: parts in raster order, then the overview; an image of one tile is its own overview."""
-    return Tiling(tiles, tiles - 1, grid, closest)
+    return Tiling(tiles, tiles - 1, across)
