@@ -276,7 +276,8 @@ def oracle_logits(model, turns: list[Turn], compact: bool, types: Callable | Non
         types: token ids [1, L] -> further inputs of the model that tell modalities apart, as its processor makes them.
     """
     ids = [t for turn in turns for t in turn.prompt + turn.generated]
-    length, depth = len(ids), len(model.model.language_model.layers)
+    decoder = locate(model).decoder
+    length, depth = len(ids), len(decoder.layers)
     alive = torch.ones(depth, length, dtype=torch.bool)  # computed on in its own prefill
     late = torch.ones(depth, length, dtype=torch.bool)  # still in the cache afterwards
     after = torch.zeros(length, dtype=torch.long)  # first query that reads the cache a key was left in
@@ -310,7 +311,7 @@ def oracle_logits(model, turns: list[Turn], compact: bool, types: Callable | Non
         start += len(turn.prompt) + len(turn.generated)
 
     queries = torch.arange(length)[:, None]
-    rotary = model.model.language_model.rotary_emb
+    rotary = decoder.rotary_emb
     masked = not any(turn.features or turn.whole for turn in turns)
     handles = _encoder_hooks(model, turns) if masked else []
 
@@ -337,7 +338,7 @@ def oracle_logits(model, turns: list[Turn], compact: bool, types: Callable | Non
 
         return before
 
-    layers = model.model.language_model.layers
+    layers = decoder.layers
     if all(hasattr(layer, "self_attn") for layer in layers):
         handles += [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     else:
@@ -396,7 +397,7 @@ class Watch:
 
         base.get_image_features = get_image_features
         self._undo.append(lambda: setattr(base, "get_image_features", self._wrapped))
-        for at, layer in enumerate(model.model.language_model.layers):
+        for at, layer in enumerate(locate(model).decoder.layers):
             self._undo.append(layer.register_forward_pre_hook(self._take(at)).remove)
         for stage in ("shrink", "encode", "select", "prefill"):
             strategy = pruner.part(stage)

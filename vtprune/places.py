@@ -18,7 +18,8 @@ class View:
     Parameters:
         rows, columns: of the grid.
         tile: which of the `tiles` that the picture was cut into it shows, in raster order; None for the whole picture.
-        across: tiles side by side, or 0 where only the picture's shape tells (the cut that fits it best was taken).
+        across: tiles side by side, or 0 where only the picture's shape tells: the cut nearest to it in shape was taken, or
+            (`largest`) the one in which it is largest.
     """
 
     rows: int
@@ -26,6 +27,7 @@ class View:
     tile: int | None = None
     tiles: int = 1
     across: int = 0
+    largest: bool = False
 
     @property
     def cells(self) -> int:
@@ -47,9 +49,11 @@ class Canvas:
         return self.numbers.shape  # type: ignore[return-value]
 
 
-def arrangement(tiles: int, width: int, height: int) -> tuple[int, int]:
-    """(rows, columns) of so many tiles whose shape is nearest to the picture's, in ratio."""
+def arrangement(tiles: int, width: int, height: int, largest: bool = False) -> tuple[int, int]:
+    """(rows, columns) of so many tiles whose shape is nearest to the picture's, in ratio, or in which it is largest."""
     pairs = [(tiles // c, c) for c in range(1, tiles + 1) if tiles % c == 0]
+    if largest:
+        return max(pairs, key=lambda pair: min(pair[1] / width, pair[0] / height))
     return min(pairs, key=lambda pair: abs(pair[1] / pair[0] - width / height))
 
 
@@ -69,7 +73,7 @@ def canvases(views: tuple[View, ...], width: int, height: int) -> list[Canvas]:
             tiles[view.tile] = numbers
     if tiles:
         first = next(view for view in views if view.tile is not None)
-        across = first.across or arrangement(first.tiles, width, height)[1]
+        across = first.across or arrangement(first.tiles, width, height, first.largest)[1]
         rows = [[tiles[at] for at in range(begin, begin + across)] for begin in range(0, first.tiles, across)]
         found.append(Canvas(np.block(rows)))
     return sorted(found, key=lambda canvas: canvas.numbers.size)

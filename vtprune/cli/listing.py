@@ -127,7 +127,7 @@ def for_families() -> dict[str, dict[str, Support] | str]:
                 continue
             try:
                 found[title] = supports(of_class(name))
-            except (ImportError, OSError, ValueError) as error:
+            except (ImportError, OSError, ValueError, TypeError) as error:  # some have no default that can be built
                 found[title] = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return found
 

@@ -181,6 +181,7 @@ def _flops(run: Pass) -> tuple[int, int]:
     flops = stack_flops(decoder, per_layer)
     full = stack_flops(decoder, [[(n, past + n) for n in fed]] * len(decoder))
     for encoding in {id(r.encoding): r.encoding for r in run.records if r.encoding is not None}.values():
+        flops, full = flops + encoding.flops, full + encoding.flops
         if not encoding.lengths:
             continue  # the user's tower answered without running its blocks
         flops += stack_flops(encoder, [[(n, n) for n in lengths] for lengths in encoding.lengths])

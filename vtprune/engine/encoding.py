@@ -97,6 +97,7 @@ class Encoding:
         self.pasts: list[Callable[[], Past]] = []
         self.ordered: list[bool] = []
         self._items: list[Item] | None = None
+        self.flops = 0  # of what is no block, where a family says so
         self._rows: Rows | None = None
         self._mask: Tensor | None = None
 
@@ -141,7 +142,7 @@ class Encoding:
 
     def unpruned(self) -> list[list[int]]:
         """What each block that ran would have run on, had nothing left: `lengths` at full size."""
-        return [[self.sequence] * max(1, len(self.counts))] * len(self.lengths)
+        return [[self.sequence] * len(self.counts)] * len(self.lengths) if self.counts else self.lengths
 
     def _layouts(self, packing: Callable, arguments: dict, patches: int | None) -> list[Layout]:
         """The layouts of `pack`; those of sizes that were packed before are remembered."""
@@ -161,10 +162,9 @@ class Encoding:
             found.append(self.known[key])
         return found
 
-    def count(self, tokens: int) -> None:
-        """Note what a block of a sealed encoder runs on: all pictures' patches in one sequence."""
-        self.sequence = tokens
-        self.lengths.append([tokens])
+    def count(self, tokens: list[int]) -> None:
+        """Note what a block of a sealed encoder runs on: the lengths of its sequences."""
+        self.lengths.append(tokens)
 
     def before_block(self, block: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Note what the block runs on; hand it a mask where rows are padded."""
@@ -382,6 +382,12 @@ class ImageTokens:
             return found
         index = torch.arange(len(features), device=features.device)
         return cls(Item(index, (len(features),)), Layout(len(features)), None)
+
+
+def attach_layout(features: Tensor, layout: Layout, owner: object) -> None:
+    """A record of features that were computed elsewhere, whose layout is known all the same."""
+    index = torch.arange(layout.size, device=features.device)
+    features._vtprune = ImageTokens(Item(index, (layout.size,)), layout, None, owner)
 
 
 def attach_records(features: list[Tensor], encoding: Encoding, owner: object) -> list[Tensor]:

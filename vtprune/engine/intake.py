@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vtprune.engine.encoding import ImageTokens
 from vtprune.engine.items import Item
-from vtprune.families.base import Site
+from vtprune.families.base import Layout, Site, Tiling
 from vtprune.pruner import UnsupportedError
 
 # modality -> the arguments that may hold its pixels; Video-LLaVA has a name of its own for pictures
@@ -30,15 +30,17 @@ class Call:
         input_ids: as fed, or None for embeddings.
         masks: modality -> bool [B, L], its placeholders; only of modalities that came.
         features: modality -> projected features per picture or video, in prompt order; filled as they are encoded.
-        site: the model's places.
+        site: the model's places; embeds: what was fed where no `input_ids` were; pixels: modality -> as fed.
         attention_mask: as fed.
         clock, mark: where time is counted.
     """
 
+    site: Site
     input_ids: Tensor | None
+    embeds: Tensor | None = None
+    pixels: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     features: dict[str, list[Tensor]] = field(default_factory=dict)
-    site: Site | None = None
     attention_mask: Any = None
     clock: Any = None
     mark: Any = None
@@ -52,7 +54,7 @@ class Call:
         """
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         encoded = given.get("mm_encoder_outputs") or {}
-        call = cls(ids, site=site, attention_mask=given.get("attention_mask"))
+        call = cls(site, ids, embeds, attention_mask=given.get("attention_mask"))
         length = (ids if ids is not None else embeds).shape[1]
         present = {m for m in PIXELS if encoded.get(m) is not None or pixels_of(m, given) is not None}
         taken = {site.placeholder(m) for m in present}
@@ -73,6 +75,8 @@ class Call:
                     )
                 continue
             call.masks[modality] = mask
+            if pixels_of(modality, given) is not None:
+                call.pixels[modality] = pixels_of(modality, given)
             if encoded.get(modality) is not None:
                 call.features[modality] = rows_of(encoded[modality].pooler_output)
         return call
@@ -80,7 +84,7 @@ class Call:
     def in_order(self) -> tuple[Tensor | None, list[Tensor]]:
         """All placeholders bool [B, L], and the features in the order in which they stand in the prompt."""
         came = [modality for modality in self.masks if self.features.get(modality)]
-        runs = self.site.family.runs
+        runs = self.site.family.runs is not None
         if len(came) == 1 and not runs:
             return self.masks[came[0]], self.features[came[0]]
         if not came:
@@ -90,35 +94,71 @@ class Call:
             slots = self.masks[modality].flatten().nonzero()[:, 0].tolist()
             at = 0
             for feature in self.features[modality]:
-                if at >= len(slots):
-                    raise UnsupportedError(f"the prompt has fewer {modality} placeholder tokens than features came.")
-                count = ImageTokens.of(feature).layout.placeholders
-                placed.append((slots[at], count, feature))
-                at += count
+                layout = ImageTokens.of(feature).layout
+                # a sample's pictures may come in one row, which has none where the sample has none
+                pictures = layout.tiles if runs and layout.frames == 1 else 1
+                for picture in range(pictures):
+                    if at >= len(slots):
+                        raise UnsupportedError(f"the prompt has fewer {modality} placeholder tokens than features came.")
+                    count = layout.placeholders // pictures
+                    placed.append((slots[at], count, feature, picture))
+                    at += count
         placed.sort(key=lambda one: one[0])
         mask = torch.stack([self.masks[modality] for modality in came]).any(0)
         if not runs:
-            return mask, [feature for _, _, feature in placed]
-        images: list[list[Tensor]] = []
-        end = -1
-        for start, count, feature in placed:
-            # a row of the batch begins another image
-            if start != end or start % mask.shape[1] == 0:
-                images.append([])
-            images[-1].append(feature)
-            end = start + count
-        return mask, [_one_image(self.site, tiles) for tiles in images]
+            return mask, [feature for _, _, feature, _ in placed]
+        return mask, self._images(placed, mask.shape[1])
+
+    def _images(self, placed: list[tuple[int, int, Tensor, int]], length: int) -> list[Tensor]:
+        """Pictures that are tiles of one image put together, as the family tells them from the prompt.
+
+        Parameters:
+            placed: (place in the flattened batch, tokens, features that hold it, which picture of them); length: of a row.
+        """
+        rows: dict[int, list[tuple[int, int, Tensor, int]]] = {}
+        for one in placed:
+            rows.setdefault(one[0] // length, []).append(one)
+        images: list[Tensor] = []
+        known: dict[tuple, Tensor] = {}  # beams hand on the very same features: their images are the same objects, too
+        for row, pictures in rows.items():
+            spans = [(start % length, start % length + count) for start, count, _, _ in pictures]
+            tilings = self.site.family.runs(self.site.base, self._ids(row), spans)
+            left = iter(pictures)
+            for tiling in tilings:
+                tiles = [next(left) for _ in range(tiling.tiles)]
+                key = tuple((id(feature), picture) for _, _, feature, picture in tiles)
+                if key not in known:
+                    known[key] = _one_image(self.site, [(feature, count) for _, count, feature, _ in tiles], tiling)
+                images.append(known[key])
+        return images
+
+    def _ids(self, row: int) -> list[int]:
+        """A row's token ids; where embeddings were fed, negative numbers that are equal where these are."""
+        if self.input_ids is not None:
+            return self.input_ids[row].tolist()
+        return (-1 - torch.unique(self.embeds[row].float(), dim=0, return_inverse=True)[1]).tolist()
 
 
-def _one_image(site: Site, tiles: list[Tensor]) -> Tensor:
-    """Tiles that came as pictures of their own, as one image with a record of its own; the first tile remembers it."""
-    if len(tiles) == 1:
-        return tiles[0]
-    joined, first = torch.cat(tiles), ImageTokens.of(tiles[0])
-    index = torch.arange(len(joined), device=joined.device)
-    layout = site.joined([ImageTokens.of(tile).layout for tile in tiles])
-    record = ImageTokens(Item(index, (len(joined),)), layout, first.encoding, first.owner)
-    record.replays = first.replays
+def _one_image(site: Site, tiles: list[tuple[Tensor, int]], tiling: Tiling) -> Tensor:
+    """Tiles that came as pictures of their own, as one image with a record of its own; the first tile remembers it.
+
+    Parameters:
+        tiles: (the features that hold it, its tokens) of each.
+    """
+    first = tiles[0][0]
+    before = ImageTokens.of(first)
+    if len(tiles) == 1 and before.layout.placeholders == tiles[0][1]:
+        return first
+    size = sum(count for _, count in tiles)
+    index = torch.arange(size, device=first.device)
+    layout = Layout(size)
+    if len(tiles) > 1:
+        grid = site.grid(tiles[0][1])
+        alike = grid is not None and len({count for _, count in tiles}) == 1
+        layout = Layout(size, tiles=len(tiles), views=tiling.views(grid) if alike else ())
+    record = ImageTokens(Item(index, (size,)), layout, before.encoding, before.owner)
+    record.replays = before.replays
+    joined = first.new_empty(0)  # its vectors are in the prompt by now: only the record is wanted
     joined._vtprune = record
     return joined
 
@@ -127,3 +167,24 @@ def rows_of(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     """Features per picture or video, of a model's `pooler_output`; the tensor objects that carry records, where they do."""
     known = getattr(output, "_vtprune_rows", None)
     return known if known is not None else list(output)
+
+
+def recognised(rows: list[Tensor], known: list[Tensor]) -> list[Tensor]:
+    """Features that lost their records as the model's rows were stacked anew (for beams, say), as the ones they are copies of.
+
+    Parameters:
+        rows: as fed; known: those that were computed last, ahead of the call.
+    Returns:
+        `rows` where they carry records, or hold something else.
+    """
+    if not known or not rows or any(hasattr(row, "_vtprune") for row in rows):
+        return rows
+    flat = torch.cat([row.flatten(0, -2) for row in rows])
+    found, at = [], 0
+    while at < len(flat):
+        here = next((one for one in known if len(one) and torch.equal(flat[at : at + len(one)], one)), None)
+        if here is None:
+            return rows
+        found.append(here)
+        at += len(here)
+    return found

@@ -13,7 +13,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -23,12 +23,13 @@ from torch import nn
 from vtprune.engine.accounting import report_of
 from vtprune.engine.attention import attach_tap
 from vtprune.engine.decoding import Pass, Plan
-from vtprune.engine.encoding import Encoding, Start, attach_records, new_clock
+from vtprune.engine.encoding import Encoding, Start, attach_layout, attach_records, new_clock
 from vtprune.engine.identity import identify
-from vtprune.engine.intake import PIXELS, Call, pixels_of
+from vtprune.engine.intake import PIXELS, Call, pixels_of, recognised
 from vtprune.engine.packed import PackedEncoding
 from vtprune.families import locate
 from vtprune.measure.clock import NoClock
+from vtprune.measure.flops import output_flops
 from vtprune.pruner import BudgetError, Encoder, Pipeline, Pruner, ShrinkView, UnsupportedError, VtpruneError
 from vtprune.reporting import Report
 
@@ -77,7 +78,9 @@ class Session:
         tower = self.site.tower
         self.encode_needs, self.encode_depth = {}, 0
         if part["encode"]:
-            blocks, sealed = len(self.site.encoder_layers), self.site.family.sealed
+            sealed = self.site.family.sealed
+            # of an encoder without blocks a strategy is only asked whether it would work inside it; any depth does
+            blocks = len(self.site.encoder_layers) or 24
             self.encode_depth = blocks if sealed else self.site.feature_depth(None)
             # a class token that strategies cannot get at is none
             encoder = Encoder(self.encode_depth, blocks, not sealed and "cls" in self.site.capabilities())
@@ -152,8 +155,8 @@ class Session:
         self._hook(self.model.register_forward_pre_hook, self._before_model, with_kwargs=True)
         self._hook(self.model.register_forward_hook, self._after_model, always_call=True)
         self._override(base, "get_image_features", self._encode)
-        if self.site.family.videos is not None:
-            self._override(base, "get_video_features", self._encode_video)
+        if self.site.family.videos is not None and self.site.family.video_features != "get_image_features":
+            self._override(base, self.site.family.video_features, self._encode_video)
         if self.site.family.tiles is not None:
             self._override(base, "pack_image_features", self._pack)
         if self.reads_frames and self.site.family.pooling:
@@ -180,6 +183,8 @@ class Session:
         for module in self.site.inner_joins:
             self._hook(module.register_forward_pre_hook, self._before_inner)
             self._hook(module.register_forward_hook, self._after_joining)
+        for module in self.site.convolutions:
+            self._hook(module.register_forward_hook, self._count_convolution)
         for at, block in enumerate(self.site.encoder_layers):
             if self.site.family.sealed and self.site.tower is None:
                 self._hook(block.register_forward_pre_hook, self._count_block, with_kwargs=True)
@@ -310,6 +315,9 @@ class Session:
             return original(*args, **kwargs)  # a video's frames, in models that encode them as pictures
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        call = getattr(self._local, "call", None)
+        if call is not None and "video" in call.pixels and given.get("pixel_values") is call.pixels["video"]:
+            return self._encode_video(original, args, kwargs)  # the model has one method for both
         pruner = self.encoder
         tower, depth = self.site.tower, self.encode_depth
         if pruner is not None and tower is None and self.site.feature_depth(given.get("vision_feature_layer")) != depth:
@@ -317,7 +325,6 @@ class Session:
                 f"vision_feature_layer={given['vision_feature_layer']} differs from the model's configuration, which the "
                 f"strategy was prepared for. Set it in the config before wrapping."
             )
-        call = getattr(self._local, "call", None)
         clock = call.clock if call is not None else new_clock(self.site.base)
         start = None
         if self.pruner.part("shrink") is not None:
@@ -386,8 +393,12 @@ class Session:
             elif family.layouts is not None:
                 encoding.layouts = family.layouts(self.site.base, given)
             features = list(pooled)
-            if modality == "video" and len(features) != len(encoding.layouts):
-                # each frame came as a row of its own
+            if modality == "image" and isinstance(pooled, torch.Tensor):
+                features = [feature.flatten(0, -2) for feature in features]  # Aya Vision's are grids before transformers 5.17
+            if modality == "image" and family.tile_tokens is not None:
+                encoding.layouts = [family.sample_layout(self.site.base, feature) for feature in features]
+            if family.tiles_apart or (modality == "video" and len(features) != len(encoding.layouts)):
+                # each tile, or frame, came as a row of its own
                 features = list(pooled.reshape(len(encoding.layouts), -1, pooled.shape[-1]))
             rows = attach_records(features, encoding, self)
             if not isinstance(pooled, torch.Tensor):
@@ -396,8 +407,6 @@ class Session:
                 if any(row is not feature for row, feature in zip(rows, features, strict=True)):
                     output.pooler_output = pooled = torch.stack(rows)  # one tensor for all has to stay one
                 pooled._vtprune_rows = rows
-                if call is None:
-                    self._local.__dict__.setdefault("stacked", {})[modality] = rows
             if self.reads_frames:
                 layouts = [row._vtprune.layout for row in rows]
                 if modality == "video":
@@ -414,6 +423,7 @@ class Session:
         if call is None:
             known = [ref for ref in getattr(self._local, "fresh", ()) if ref() is not None]
             self._local.fresh = [*known, *(weakref.ref(f) for f in features)]
+            self._local.ahead = {**getattr(self._local, "ahead", {}), modality: features}
             return
         call.features[modality] = features
         self._hand_on_decisions(modality, pixels, features)
@@ -457,7 +467,13 @@ class Session:
         encoding = getattr(self._local, "encoding", None)
         if encoding is not None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            encoding.count(hidden.numel() // hidden.shape[-1])
+            # pictures in rows of their own, or one after the other in one sequence
+            encoding.count([hidden.shape[1]] * hidden.shape[0] if hidden.ndim == 3 else [hidden.shape[0]])
+
+    def _count_convolution(self, module, args, output) -> None:
+        encoding = getattr(self._local, "encoding", None)
+        if encoding is not None:
+            encoding.flops += output_flops(module, output)
 
     def _before_block(self, block: int, module, args, kwargs):
         encoding = getattr(self._local, "encoding", None)
@@ -510,11 +526,10 @@ class Session:
         self._local.call = None
         given = self._arguments("base", args, kwargs)
         call = Call.read(self.site, module, given)
-        stacked, self._local.stacked = getattr(self._local, "stacked", {}), {}
+        ahead, self._local.ahead = getattr(self._local, "ahead", {}), {}
         for modality, rows in call.features.items():
-            found = [_original(row, stacked.get(modality, ())) for row in rows]
-            if any(one is not row for one, row in zip(found, rows, strict=True)):
-                call.features[modality] = found
+            found = call.features[modality] = recognised(rows, ahead.get(modality, []))
+            if found is not rows:
                 given["mm_encoder_outputs"][modality].pooler_output._vtprune_rows = found  # for steps without a cache
         features = [feature for rows in call.features.values() for feature in rows]
         call.clock = clock = NoClock()
@@ -551,6 +566,15 @@ class Session:
                 "image features were cut up or copied on their way to the decoder (chunked prefill does that), so a token's "
                 "number in its image is lost. Leave prefill_chunk_size unset, or unwrap the model."
             )
+        family = self.site.family
+        if family.tiles_apart:
+            raise UnsupportedError(
+                f"{family.name}'s features come tile by tile, and which tiles are one image cannot be told from them. Pass "
+                f"pixels, or compute the features with get_image_features of the wrapped model right before the call."
+            )
+        for feature, record in zip(features, records, strict=True):
+            if record is None and family.tile_tokens is not None:
+                attach_layout(feature, family.sample_layout(self.site.base, feature), self)
         within = self.encoder or self.pruner.part("shrink")
         if within is not None:
             raise UnsupportedError(
@@ -633,10 +657,3 @@ class Session:
             self._noted = True
             warnings.warn("; ".join(notes), stacklevel=2)
         return notes
-
-
-def _original(feature: torch.Tensor, known: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The one of `known` features that this is a copy of, as beams make of those that are one tensor for all pictures."""
-    if hasattr(feature, "_vtprune"):
-        return feature
-    return next((one for one in known if one.shape == feature.shape and torch.equal(one, feature)), feature)

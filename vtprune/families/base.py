@@ -30,6 +30,29 @@ def resolve(module: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """Pictures that follow each other in the prompt and are tiles of one image.
+
+    Parameters:
+        tiles: how many there are.
+        whole: which of them shows the image as a whole, or None if none does; the others cut it up, in raster order.
+        across: how many of those are side by side, or 0 if the prompt does not say; largest: as in `View`.
+    """
+
+    tiles: int
+    whole: int | None = None
+    across: int = 0
+    largest: bool = False
+
+    def views(self, grid: tuple[int, int]) -> tuple[View, ...]:
+        """The image's grids, each tile's tokens being a `grid` (rows, columns)."""
+        parts = [at for at in range(self.tiles) if at != self.whole]
+        whole, cut = View(*grid), {"tiles": len(parts), "across": self.across, "largest": self.largest}
+        number = {at: n for n, at in enumerate(parts)}
+        return tuple(whole if at == self.whole else View(*grid, tile=number[at], **cut) for at in range(self.tiles))
+
+
+@dataclass(frozen=True)
 class Layout:
     """How an image's placeholder tokens stand for the encoder's patches.
 
@@ -156,9 +179,14 @@ class Family:
         pixels: (base model, arguments of `get_video_features` or `get_image_features`, "video" or "image") -> the frames of
             each video [F, 3, H, W], or each picture as one frame.
         newline: name of the base model's separator of rows, or "".
-        runs: tiles come as pictures of their own and those that follow each other in the prompt without a token between
-            them are one image.
-        whole: which of an image's several tiles shows all of it: "first", "last", or "" if none does.
+        video_features: name of the base model's method that videos go through, where it is not `get_video_features`.
+        runs: (base model, a prompt's token ids, (start, end) of each picture's placeholders in it, in order) -> the images
+            that they are tiles of, for families whose tiles come as pictures of their own (`families/tiles.py` has the
+            usual ones). Fed embeddings instead, equal tokens have equal, negative ids.
+        tile_tokens: base model -> tokens of a picture, for families of `runs` whose features come a sample at a time.
+        tiles_apart: features come a tile, or frame, at a time; `layouts` and `videos` say which are one image.
+        convolutional: dotted paths of an encoder without such blocks as patches flow through; its FLOPs are those of its
+            convolutions and linear layers.
         sealed: why no token can leave inside the vision encoder, or "" if it can.
         packed: base model -> its `Tower`, where patches can leave a sealed encoder after all, as long as what is left can
             be joined; needs `layouts`, and the `projector` has to be what joins them.
@@ -190,8 +218,11 @@ class Family:
     projects_pooled: bool = False
     pixels: Callable[[nn.Module, dict[str, Any], str], list[Tensor]] = plain_pixels
     newline: str = ""
-    runs: bool = False
-    whole: str = ""
+    video_features: str = "get_video_features"
+    runs: Callable[[nn.Module, list[int], list[tuple[int, int]]], list[Tiling]] | None = None
+    tile_tokens: Callable[[nn.Module], int] | None = None
+    tiles_apart: bool = False
+    convolutional: tuple[str, ...] = ()
     sealed: str = ""
     packed: Callable[[nn.Module], Tower] | None = None
     attention: str = "self_attn"
@@ -203,6 +234,10 @@ class Family:
     query: str = "q_proj"
     key: str = "k_proj"
     query_gate: bool = False
+
+    def sample_layout(self, base: nn.Module, features: Tensor) -> Layout:
+        """The layout of a sample's pictures in one row, for families with `tile_tokens`."""
+        return Layout(len(features), tiles=len(features) // self.tile_tokens(base))
 
 
 @dataclass
@@ -228,7 +263,15 @@ class Site:
 
     @cached_property
     def encoder_layers(self) -> list[nn.Module]:
-        return list(self._must(self.family.encoder_layers, "vision encoder blocks"))
+        # none are declared where an encoder has none that patches flow through one by one
+        return list(self._must(self.family.encoder_layers, "vision encoder blocks")) if self.family.encoder_layers else []
+
+    @cached_property
+    def convolutions(self) -> list[nn.Module]:
+        """Convolutions and linear layers of an encoder that has no such blocks."""
+        paths = self.family.convolutional
+        encoder = self._must(paths, "vision encoder") if paths else nn.Identity()
+        return [module for module in encoder.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
 
     @cached_property
     def video_layers(self) -> list[nn.Module]:
@@ -358,17 +401,6 @@ class Site:
         grid = self.grid(layout)
         return () if grid is None else (View(*grid),)
 
-    def joined(self, tiles: list[Layout]) -> Layout:
-        """The layout of an image whose tiles came as pictures of their own."""
-        size, count = sum(tile.placeholders for tile in tiles), len(tiles)
-        grids = [self.grid(tile) for tile in tiles]
-        if None in grids or len(set(grids)) > 1 or any(tile.visual is not None for tile in tiles):
-            return Layout(size, tiles=count)
-        at = {"first": 0, "last": count - 1}.get(self.family.whole) if count > 1 else None
-        cut = count - (at is not None)
-        order = [None if i == at else i - (at == 0) for i in range(count)]
-        return Layout(size, tiles=count, views=tuple(View(*grids[0], tile, 1 if tile is None else cut) for tile in order))
-
     def frames(
         self, given: dict[str, Any], pooled: Tensor | None, features: list[Tensor], layouts: list[Layout]
     ) -> list[Frames]:
@@ -395,7 +427,8 @@ class Site:
     def pictures(self, given: dict[str, Any], features: list[Tensor], layouts: list[Layout]) -> list[Frames | None]:
         """Pictures as videos of one frame, for prompts with several; None for those whose tokens form no one grid."""
         found: list[Frames | None] = []
-        pixels = self.family.pixels(self.base, given, "image") if not self.family.runs else [None] * len(features)
+        shown_alone = self.family.runs is None
+        pixels = self.family.pixels(self.base, given, "image") if shown_alone else [None] * len(features)
         for feature, layout, shown in zip(features, layouts, pixels, strict=True):
             grid = self.grid(layout) if layout.tiles == 1 and layout.visual is None else None
             found.append(None if grid is None else Frames(feature[None], grid, None, shown))

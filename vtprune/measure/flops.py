@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def linear_flops_per_token(module: nn.Module) -> int:
@@ -16,6 +16,11 @@ def linear_flops_per_token(module: nn.Module) -> int:
     return sum(
         2 * m.in_features * m.out_features for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")
     )
+
+
+def output_flops(module: nn.Module, output: Tensor) -> int:
+    """FLOPs of a convolution or linear layer that made `output`: every value of it is a sum over one filter."""
+    return 2 * output.numel() * module.weight[0].numel()
 
 
 def attention_width(layer: nn.Module) -> int:

@@ -90,9 +90,9 @@ def _picture(site: Site, count: int) -> tuple[int, dict[str, Any]]:
     if hasattr(vision, "spatial_merge_size") and hasattr(vision, "temporal_patch_size"):
         return _patches(site, count, 1, "pixel_values", "image_grid_thw")
     side = _side(vision.image_size) if hasattr(vision, "image_size") else 0
-    if family.runs:
+    if family.runs is not None and hasattr(config, "image_seq_length"):
         return _TILES * config.image_seq_length, {"pixel_values": (count * _TILES, 3, side, side)}
-    if family.layouts is not None or not side:
+    if family.layouts is not None or family.runs is not None or not side:
         raise UnsupportedError(f"no random pictures are made for {family.name} yet.")
     return (side // _side(vision.patch_size)) ** 2, {"pixel_values": (count, 3, side, side)}
 
