@@ -104,9 +104,11 @@ def tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     """The entry behind `NAME`: the model's own kernel, then the rows."""
     tap: TapConfig = module.config
     output = real_kernel(module, tap.kernel)(module, query, key, value, attention_mask, **kwargs)
-    for request, sink in tap._listener():
-        scaling = kwargs.get("scaling")
-        sink(attention_rows(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, request))
+    # scores choose, which has no gradient; and a recomputation (gradient checkpointing) must save the same as the first run
+    with torch.no_grad():
+        for request, sink in tap._listener():
+            scaling = kwargs.get("scaling")
+            sink(attention_rows(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, request))
     return output
 
 
@@ -178,6 +180,7 @@ def _rotation(attention: nn.Module) -> Callable | None:
     return functools.partial(with_axes, mrope_section=attention.config.rope_parameters["mrope_section"])
 
 
+@torch.no_grad()
 def rows_ahead(site: Site, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], past: Tensor | None, request: Request):
     """The rows that decoder layer `layer` would have on its input `hidden`: queries of the wanted rows only, keys of all.
 

@@ -26,6 +26,7 @@ from vtprune.families.base import Site
 from vtprune.measure.clock import Clock
 from vtprune.measure.flops import layer_costs, linear_flops_per_token
 from vtprune.pruner import (
+    BudgetError,
     DecodeView,
     Frames,
     Inputs,
@@ -162,6 +163,8 @@ class Pass:
         config = self.plan.site.decoder.config
         use_cache = kwargs.get("use_cache")
         use_cache = config.use_cache if use_cache is None else use_cache
+        if self.plan.site.checkpoints():
+            kwargs["use_cache"] = use_cache = False  # layers that run again in the backward pass write to no cache
         asks = self.features and self.plan.pruner.asks_to_prune(tuple(ImageTokens.of(f).size for f in self.features))
         if use_cache and self.cache is None:
             self.cache = kwargs[cache_name(self.plan.site.decoder)] = DynamicCache(config=config)
@@ -221,6 +224,13 @@ class Pass:
         self.images = [[] for _ in range(embeds.shape[0])]
         for image, row in enumerate(rows):
             self.images[row].append(image)
+        budgets = self.plan.pruner.budgets()
+        odd = [len(images) for images in self.images if images and len(images) != budgets]
+        if budgets is not None and odd:
+            raise BudgetError(
+                f"{self.plan.pruner.describe()} has budgets for {budgets} images, and a prompt with {odd[0]} came. Give as "
+                f"many budgets as every prompt has images (and videos), or one number for all of them."
+            )
         # separators among the placeholders are no visual tokens: they are neither offered nor dropped
         is_visual = self.placeholders
         if any(r.layout.visual is not None for r in records):
@@ -353,7 +363,10 @@ class Pass:
         units = self._units(strategy, records)
         asked = [items[unit[0]] if len(unit) == 1 else self._join([items[i] for i in unit]) for unit in units]
         shapes = [(len(unit), records[unit[0]].layout.frames, grid(records[unit[0]].layout)) for unit in units]
-        for group in groups([(len(item.index), item.sizes, shape) for item, shape in zip(asked, shapes, strict=True)]):
+        # which images of their prompt they are; matters to budgets that name each
+        which = [tuple(first[i] for i in unit) if self.plan.pruner.budgets() else () for unit in units]
+        keys = [(len(item.index), item.sizes, *more) for item, *more in zip(asked, shapes, which, strict=True)]
+        for group in groups(keys):
             members, images = [asked[u] for u in group], [units[u] for u in group]
             heads = [unit[0] for unit in images]
             index = torch.stack([item.index for item in members])
@@ -364,6 +377,7 @@ class Pass:
                 sizes=members[0].sizes,
                 carry=stack_carry(members),
                 notes=self.notes,
+                images=which[group[0]],
                 features=flat[slots[index + begin[:, None]]],
                 grid=grid(records[heads[0]].layout),
                 frames=max(len(images[0]), records[heads[0]].layout.frames),

@@ -13,7 +13,7 @@ from vtprune.engine.items import Choice, Item, checked, slice_rows, stack_carry,
 from vtprune.engine.stream import groups
 from vtprune.families.base import Layout, layouts_by_packing
 from vtprune.measure.clock import Clock
-from vtprune.pruner import EncodeView, Frames, Needs, Pruner, Rows, UnsupportedError, VtpruneError
+from vtprune.pruner import BudgetError, EncodeView, Frames, Needs, Pruner, Rows, UnsupportedError, VtpruneError
 
 
 @dataclass
@@ -77,6 +77,7 @@ class Encoding:
         self.unpooled: Tensor | None = None  # what went into the pooling of a video's frames
         self.notes: list[str] = []
         self.items: list[Item] = []
+        self.images: list[tuple[int, ...]] = []
         self.sequence = 0
         self.lengths: list[list[int]] = []
         self._rows: Rows | None = None
@@ -133,12 +134,31 @@ class Encoding:
                 first = Item(start.index, (start.size,), merged=start.merged, cuts=[(-1, start.index)])
                 self.items = [first.copy() for _ in range(hidden.shape[0])]
             self.sequence = self.special + self.items[0].sizes[0]
+            self._number_images()
         self.lengths.append([self.special + n for n in self.counts])
         if self._mask is None:
             return None
         if len(args) > 1:
             return (args[0], self._mask, *args[2:]), kwargs
         return args, {**kwargs, "attention_mask": self._mask}
+
+    def _number_images(self) -> None:
+        """Which image of its prompt each item is of, where budgets name each.
+
+        Raises:
+            BudgetError: if the images cannot be so many to a prompt.
+        """
+        budgets = None if self.pruner is None else self.pruner.budgets()
+        self.images = [()] * len(self.items)
+        if budgets is None:
+            return
+        at = torch.tensor([which == 0 for which, _ in self.parts or [(0, 1)] * len(self.items)]).cumsum(0)
+        if int(at[-1]) % budgets:
+            raise BudgetError(
+                f"{self.pruner.describe()} has budgets for {budgets} images a prompt, and {int(at[-1])} images came. Give as "
+                f"many budgets as every prompt has images, or one number for all of them."
+            )
+        self.images = [((n - 1) % budgets,) for n in at.tolist()]
 
     def requests(self, block: int) -> Iterator[tuple[Request, Callable[[Rows], None]]]:
         """The attention rows wanted of a block."""
@@ -179,7 +199,7 @@ class Encoding:
         counts, special = self.counts, self.special
         chosen: list[Choice | None] = [None] * len(counts)
         parts = self.parts or [(0, 1)] * len(counts)
-        for group in groups(list(zip(counts, parts, strict=True))):
+        for group in groups(list(zip(counts, parts, self.images, strict=True))):
             n, items = counts[group[0]], [self.items[i] for i in group]
             mine = hidden if len(group) == len(counts) else hidden[group]
             view = EncodeView(
@@ -188,6 +208,7 @@ class Encoding:
                 carry=stack_carry(items),
                 notes=self.notes,
                 part=parts[group[0]],
+                images=self.images[group[0]],
                 layer=block,
                 depth=self.depth,
                 hidden=mine[:, special : special + n],

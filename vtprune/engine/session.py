@@ -25,9 +25,10 @@ from vtprune.engine.decoding import Pass, Plan
 from vtprune.engine.encoding import Encoding, Start, attach_records, new_clock
 from vtprune.engine.identity import identify
 from vtprune.engine.intake import PIXELS, Call, pixels_of
+from vtprune.engine.stream import Stream
 from vtprune.families import locate
 from vtprune.measure.clock import NoClock
-from vtprune.pruner import BudgetError, Encoder, Pipeline, Pruner, ShrinkView, UnsupportedError, VtpruneError
+from vtprune.pruner import BudgetError, Encoder, Pipeline, Pruner, ShrinkView, UnsupportedError, VtpruneError, budget_of
 from vtprune.reporting import Report
 
 
@@ -66,6 +67,7 @@ class Session:
                 f"does not have. See vtprune.available() for strategies that do without."
             )
         pruner.check_model(identify(model))
+        pruner.budgets()
         self.reads_frames = pruner.part("select") is not None and pruner.part("select").reads_frames
         depth = len(self.site.decoder_layers)
         part = {stage: pruner.part(stage) for stage in ("shrink", "encode", "prefill", "decode")}
@@ -139,7 +141,11 @@ class Session:
 
     def _attach(self) -> None:
         base, decoder = self.site.base, self.site.decoder
-        self._hook(self.model.register_forward_pre_hook, self._refuse_labels, with_kwargs=True)
+        head = next((m for m in self.model.modules() if any(child is base for child in m.children())), None)
+        if hasattr(head, "loss_function"):
+            self._hook(head.register_forward_pre_hook, self._before_head, with_kwargs=True)
+            self._override(head, "_loss_function", self._loss, head.loss_function)
+            self._hook(head.register_forward_hook, self._after_head)
         self._override(base, "get_image_features", self._encode)
         if self.site.family.videos is not None:
             self._override(base, "get_video_features", self._encode_video)
@@ -193,9 +199,9 @@ class Session:
         finally:
             self._local.aside = False
 
-    def _override(self, base: nn.Module, name: str, replacement: Callable) -> None:
+    def _override(self, base: nn.Module, name: str, replacement: Callable, original: Callable | None = None) -> None:
         """An instance attribute in front of the class's method, which generate() and forward() both look up there."""
-        original, before = getattr(base, name), base.__dict__.get(name)
+        original, before = original or getattr(base, name), base.__dict__.get(name)
 
         @functools.wraps(original)
         def method(*args, **kwargs):
@@ -285,6 +291,11 @@ class Session:
                     f"through another one, so its patches are not what the decoder sees. Use a strategy of another stage for "
                     f"videos."
                 )
+            if within.budgets() is not None:
+                raise BudgetError(
+                    f"{within.describe()}: a strategy inside the vision encoder sees no videos, so it cannot tell which image "
+                    f"of the prompt a budget is for. Give one number for all of them."
+                )
             notes.append(f"{within.name}: its part inside the vision encoder sees pictures only, no videos.")
         call = getattr(self._local, "call", None)
         clock = call.clock if call is not None else new_clock(self.site.base)
@@ -346,6 +357,8 @@ class Session:
         """The arguments of `get_image_features` with the pictures scaled down as the strategy says."""
         pixels, strategy = pixels_of("image", given), self.pruner.part("shrink")
         patch = self.site.patch
+        if strategy.budgets() not in (None, 1):
+            raise BudgetError(f"{strategy.describe()}: pictures are scaled down to one size. Give one number for all of them.")
         full = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
         count = full[0] * full[1]
         index = torch.arange(count, device=pixels.device).expand(pixels.shape[0], -1)
@@ -395,16 +408,36 @@ class Session:
         encoding = getattr(self._local, "encoding", None)
         return () if encoding is None or self._is_aside else encoding.requests(block)
 
-    # ------------------------------------------------------------------ the base model
+    # ------------------------------------------------------------------ the loss
 
-    def _refuse_labels(self, module, args, kwargs) -> None:
-        if kwargs.get("labels") is not None and any(
-            kwargs.get(name) is not None for name in (*PIXELS["image"], *PIXELS["video"], "mm_encoder_outputs")
-        ):
+    def _before_head(self, module, args, kwargs) -> None:
+        self._local.labelled, self._local.left = kwargs.get("labels") is not None, None
+
+    def _loss(self, original: Callable, args: tuple, kwargs: dict):
+        """The model's own loss, over the kept sequence."""
+        left: Stream | None = getattr(self._local, "left", None)
+        self._local.labelled = False
+        if left is None:
+            return original(*args, **kwargs)
+        if len(args) > 1:
+            args = (args[0], left.followed(args[1]), *args[2:])
+        elif kwargs.get("labels") is not None:
+            kwargs = {**kwargs, "labels": left.followed(kwargs["labels"])}
+        if kwargs.get("shift_labels") is not None:  # shifted by the user: one place ahead of labels
+            ahead = torch.nn.functional.pad(kwargs["shift_labels"], (1, 0), value=-100)[:, :-1]
+            kwargs = {**kwargs, "shift_labels": torch.nn.functional.pad(left.followed(ahead), (0, 1), value=-100)[:, 1:]}
+        return original(*args, **kwargs)
+
+    def _after_head(self, module, args, output) -> None:
+        labelled, left, self._local.left = getattr(self._local, "labelled", False), getattr(self._local, "left", None), None
+        if labelled and left is not None:
             raise UnsupportedError(
-                "labels= together with images on a pruned model: a loss over dropped tokens is not defined. Compute the loss "
-                "from the returned logits, or unwrap the model for training."
+                f"{type(module).__name__} does not take its loss from its loss_function (or that was replaced after wrapping), "
+                f"so labels cannot follow the tokens that were kept. Compute the loss from the returned logits, or unwrap the "
+                f"model for training."
             )
+
+    # ------------------------------------------------------------------ the base model
 
     def _before_base(self, module, args, kwargs) -> None:
         self._local.call = None
@@ -482,6 +515,7 @@ class Session:
         if running is None or output is None:  # None: the call raised
             return None
         changed = running.finish(output)
+        self._local.left = running.stream if running.active and running.stream.pruned else None
         if not running.items:
             return changed
         call = getattr(self._local, "call", None)
@@ -496,12 +530,12 @@ class Session:
     def _notes(self, report: Report) -> list[str]:
         notes = []
         parts = self.pruner.parts if isinstance(self.pruner, Pipeline) else [self.pruner]
-        smallest = min((n for s in report.samples for n in s.images), default=0)
         for part in parts:
-            if isinstance(part.keep, int) and smallest and part.keep > smallest:
-                notes.append(
-                    f"{part.name}: keep={part.keep} exceeds an image's {smallest} visual tokens; all of them are kept."
-                )
+            asked = [(n, budget_of(part.keep, image)) for s in report.samples for image, n in enumerate(s.images)]
+            above = [(n, keep) for n, keep in asked if isinstance(keep, int) and keep > n]
+            if above:
+                size, keep = min(above)
+                notes.append(f"{part.name}: keep={keep} exceeds an image's {size} visual tokens; all of them are kept.")
         if notes and not self._noted:
             self._noted = True
             warnings.warn("; ".join(notes), stacklevel=2)

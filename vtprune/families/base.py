@@ -219,6 +219,23 @@ class Site:
                 f"{', '.join(self.family.resizable)}). Use a strategy of another stage."
             )
 
+    def checkpoints(self) -> bool:
+        """Whether decoder layers will run again in the backward pass (gradient checkpointing).
+
+        Raises:
+            UnsupportedError: where their hooks would run again with them.
+        """
+        layer = self.decoder_layers[0]
+        if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+            return False
+        if type(layer).__call__ is not nn.Module.__call__:
+            raise UnsupportedError(
+                f"gradient checkpointing of {type(layer).__name__} in this transformers version runs a layer's hooks again in "
+                f"the backward pass, where nothing would be pruned. Use transformers >= 5.24, call "
+                f"model.gradient_checkpointing_disable(), or model.eval() if you are not training."
+            )
+        return torch.is_grad_enabled()
+
     def special_tokens(self) -> int:
         """Tokens before the patches in the vision sequence.
 

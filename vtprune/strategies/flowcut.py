@@ -20,7 +20,7 @@ from vtprune.pruner import (
     Needs,
     PrefillView,
     Pruner,
-    budget_tokens,
+    asks_for_fewer,
     check_budget,
 )
 from vtprune.select import top, top_ragged
@@ -98,7 +98,7 @@ class FlowCut(Pruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decoder_keep is not None:
-            self.decoder_keep = check_budget(self.decoder_keep, "decoder_keep")
+            self.decoder_keep = check_budget(self.decoder_keep, "decoder_keep", per_image=True)
         if not 0 <= self.momentum < 1 or self.every < 1:
             raise BudgetError(f"momentum={self.momentum} must lie in [0, 1) and every={self.every} must be at least 1.")
 
@@ -106,7 +106,7 @@ class FlowCut(Pruner):
         return ("encode",) if self.decoder_keep is None else ("encode", "prefill")
 
     def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
-        later = self.decoder_keep is not None and any(budget_tokens(self.decoder_keep, n) < n for n in sizes)
+        later = self.decoder_keep is not None and asks_for_fewer(self.decoder_keep, sizes)
         return later or super().asks_to_prune(sizes)
 
     # Stage V, in the encoder. The feature block is depth - 1; the last cut comes after block depth - 2.
