@@ -118,7 +118,7 @@ def _features_of(model, turns: list[Turn]):
         del base.get_image_features
 
 
-def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
+def oracle_logits(model, turns: list[Turn], compact: bool, grad: bool = False) -> torch.Tensor:
     """[sequence, vocabulary] logits of the full model under the masks that the pruned run implies."""
     ids = [t for turn in turns for t in turn.prompt + turn.generated]
     length, depth = len(ids), len(model.model.language_model.layers)
@@ -182,7 +182,7 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     handles += [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     pixels = [turn.pixels for turn in turns if turn.pixels is not None]
     try:
-        with torch.no_grad(), _features_of(model, turns):
+        with torch.set_grad_enabled(grad), _features_of(model, turns):
             extra = {name: torch.cat([turn.extra[name] for turn in turns if name in turn.extra]) for name in turns[0].extra}
             if pixels:
                 extra["pixel_values"] = torch.cat(pixels)

@@ -704,9 +704,10 @@ class Pass:
             if images:
                 decision = self.replays[row] if self.replays is not None else None
                 if decision is None:
+                    # without the graph that made them, which would keep a training step alive into the next
                     decision = Decision(
-                        [(self.image_items[i], self.selected.get(i)) for i in images],
-                        {layer: rows[row] for layer, rows in self.went_on.items() if row in rows},
+                        [(self.image_items[i].detached(), _detached(self.selected.get(i))) for i in images],
+                        {at: (rows[row][0], _detached(rows[row][1])) for at, rows in self.went_on.items() if row in rows},
                         self.items[row].merged,
                         self.items[row].foreign,
                     )
@@ -720,6 +721,10 @@ class Pass:
         """Numbers of a sample's visual tokens that `layer` ran on, in the order in which it did."""
         counts, _, numbers = self.streams[layer].visual_slots()
         return numbers[row, : counts[row]]
+
+
+def _detached(vectors: Tensor | None) -> Tensor | None:
+    return None if vectors is None else vectors.detach()
 
 
 def _videos(units: list[list[ImageTokens]]) -> list[Frames]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -111,6 +111,10 @@ class Item:
         merged = {k: list(v) for k, v in self.merged.items()}
         kept = (dict(self.carry), merged, list(self.foreign), list(self.cuts), self.ordered, self.plan)
         return Item(self.index, self.sizes, *kept)
+
+    def detached(self) -> Item:
+        """A copy whose carried tensors have no graph."""
+        return replace(self.copy(), carry={name: t.detach() for name, t in self.carry.items()})
 
     def _merge(self, kept: Tensor, into: Tensor | None) -> None:
         numbers, alive = self.index.tolist(), set(kept.tolist())

@@ -425,7 +425,10 @@ class Session:
             kwargs = {**kwargs, "labels": left.followed(kwargs["labels"])}
         if kwargs.get("shift_labels") is not None:  # shifted by the user: one place ahead of labels
             ahead = torch.nn.functional.pad(kwargs["shift_labels"], (1, 0), value=-100)[:, :-1]
-            kwargs = {**kwargs, "shift_labels": torch.nn.functional.pad(left.followed(ahead), (0, 1), value=-100)[:, 1:]}
+            kwargs = {
+                **kwargs,
+                "shift_labels": torch.nn.functional.pad(left.followed(ahead), (0, 1), value=-100)[:, 1:].contiguous(),
+            }
         return original(*args, **kwargs)
 
     def _after_head(self, module, args, output) -> None:
