@@ -82,11 +82,7 @@ def attach_tap(module: nn.Module, listener: Callable[[], Listener]) -> Callable[
     if NAME not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(NAME, tapped_attention)
     module.config = TapConfig(config, listener)
-
-    def undo() -> None:
-        module.config = config
-
-    return undo
+    return functools.partial(setattr, module, "config", config)
 
 
 def real_kernel(module: nn.Module, name: str) -> Callable:

@@ -278,6 +278,10 @@ class ImageTokens:
         self.picture: Frames | None = None
         self.replays: list[tuple[Tensor, object]] = []
 
+    def __deepcopy__(self, memo: dict) -> ImageTokens:
+        # copies of features (assisted decoding makes some) are of the same run, which is nothing to copy
+        return self
+
     @property
     def size(self) -> int:
         """Visual tokens before pruning."""

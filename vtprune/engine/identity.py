@@ -6,10 +6,10 @@ import hashlib
 import json
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vtprune.families import locate
-from vtprune.pruner import Model
+from vtprune.pruner import Model, UnsupportedError
 
 _SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -30,7 +30,21 @@ def identify(model: nn.Module) -> Model:
     for layer in (site.decoder_layers[0], site.decoder_layers[-1]):
         for name, weight in layer.named_parameters():
             if "norm" in name:
-                rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+                rounded = _present(layer, name, weight).detach().to("cpu", torch.bfloat16).contiguous()
                 digest.update(rounded.view(torch.int16).numpy().tobytes())
     name = getattr(config, "_name_or_path", "") or type(model).__name__
     return Model(name, len(site.decoder_layers), digest.hexdigest()[:16])
+
+
+def _present(layer: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """A weight itself, also where accelerate keeps it elsewhere (CPU, disk) until its module runs."""
+    if not weight.is_meta:
+        return weight
+    from accelerate.utils import align_module_device
+
+    owner, _, field = name.rpartition(".")
+    with align_module_device(layer.get_submodule(owner)):
+        found = getattr(layer.get_submodule(owner), field).detach().clone()
+    if found.is_meta:
+        raise UnsupportedError(f"{type(layer).__name__}.{name} has no data (a meta tensor). Load the model's weights first.")
+    return found

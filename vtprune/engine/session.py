@@ -141,7 +141,7 @@ class Session:
 
     def _attach(self) -> None:
         base, decoder = self.site.base, self.site.decoder
-        head = next((m for m in self.model.modules() if any(child is base for child in m.children())), None)
+        head = self.site.head(self.model)
         if hasattr(head, "loss_function"):
             self._hook(head.register_forward_pre_hook, self._before_head, with_kwargs=True)
             self._override(head, "_loss_function", self._loss, head.loss_function)
@@ -179,12 +179,12 @@ class Session:
                 if need.queries is not None:
                     self._undo.append(attach_tap(block.self_attn, functools.partial(self._encoder_requests, at)))
 
+    # what is put on the model is bound methods and small objects, no closures: copies of the model take them along
     def _hook(self, register: Callable, hook: Callable, **options) -> None:
-        @functools.wraps(hook)
-        def unless_aside(*args, **kwargs):
-            return None if self._is_aside else hook(*args, **kwargs)
+        self._undo.append(register(functools.partial(self._unless_aside, hook), **options).remove)
 
-        self._undo.append(register(unless_aside, **options).remove)
+    def _unless_aside(self, hook: Callable, *args, **kwargs):
+        return None if self._is_aside else hook(*args, **kwargs)
 
     @property
     def _is_aside(self) -> bool:
@@ -202,20 +202,17 @@ class Session:
     def _override(self, base: nn.Module, name: str, replacement: Callable, original: Callable | None = None) -> None:
         """An instance attribute in front of the class's method, which generate() and forward() both look up there."""
         original, before = original or getattr(base, name), base.__dict__.get(name)
+        setattr(base, name, _Override(self, original, replacement))
+        self._undo.append(
+            functools.partial(delattr, base, name) if before is None else functools.partial(setattr, base, name, before)
+        )
 
-        @functools.wraps(original)
-        def method(*args, **kwargs):
-            return original(*args, **kwargs) if self._is_aside else replacement(original, args, kwargs)
+    def __getstate__(self) -> dict:
+        # a copy of the model has this strategy, and calls of its own
+        return {**vars(self), "_local": None, "_report": None}
 
-        setattr(base, name, method)
-
-        def undo() -> None:
-            if before is None:
-                delattr(base, name)
-            else:
-                setattr(base, name, before)
-
-        self._undo.append(undo)
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _local=threading.local())
 
     def _pack(self, original: Callable, args: tuple, kwargs: dict):
         """The model's packing of tiles, watched while a wrapped encoder runs."""
@@ -543,3 +540,16 @@ class Session:
             self._noted = True
             warnings.warn("; ".join(notes), stacklevel=2)
         return notes
+
+
+class _Override:
+    """Stands in front of a method of one model instance, with its signature."""
+
+    def __init__(self, session: Session, original: Callable, replacement: Callable):
+        functools.update_wrapper(self, original)
+        self._session, self._original, self._replacement = session, original, replacement
+
+    def __call__(self, *args, **kwargs):
+        if self._session._is_aside:
+            return self._original(*args, **kwargs)
+        return self._replacement(self._original, args, kwargs)

@@ -23,6 +23,7 @@ def resolve(module: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
             found = getattr(found, name, None)
             if found is None:
                 break
+            found = getattr(found, "_orig_mod", found)  # below torch.compile
         if found is not None:
             return found
     return None
@@ -218,6 +219,14 @@ class Site:
                 f"a {self.vision_type!r} vision tower cannot be given a smaller picture here (known: "
                 f"{', '.join(self.family.resizable)}). Use a strategy of another stage."
             )
+
+    def head(self, model: nn.Module) -> nn.Module | None:
+        """The module of `model` that holds the base model and its LM head, or None if `model` is the base alone."""
+        for module in model.modules():
+            children = [getattr(child, "_orig_mod", child) for child in module.children()]
+            if not hasattr(module, "_orig_mod") and any(child is self.base for child in children):
+                return module
+        return None
 
     def checkpoints(self) -> bool:
         """Whether decoder layers will run again in the backward pass (gradient checkpointing).
