@@ -146,6 +146,8 @@ class Session:
             self._hook(head.register_forward_pre_hook, self._before_head, with_kwargs=True)
             self._override(head, "_loss_function", self._loss, head.loss_function)
             self._hook(head.register_forward_hook, self._after_head)
+        if hasattr(head, "_get_candidate_generator"):
+            self._override(head, "_get_candidate_generator", self._drafts)
         self._override(base, "get_image_features", self._encode)
         if self.site.family.videos is not None:
             self._override(base, "get_video_features", self._encode_video)
@@ -404,6 +406,30 @@ class Session:
     def _encoder_requests(self, block: int):
         encoding = getattr(self._local, "encoding", None)
         return () if encoding is None or self._is_aside else encoding.requests(block)
+
+    # ------------------------------------------------------------------ assisted decoding
+
+    def _drafts(self, original: Callable, args: tuple, kwargs: dict):
+        """The source of drafts, unheard at first: assisted decoding feeds the first draft together with the prompt, of which
+        strategies would take it for a part, and what of it is rejected could not be taken back.
+
+        Raises:
+            UnsupportedError: for sources that read hidden states.
+        """
+        source = original(*args, **kwargs)
+        if getattr(source, "requires_model_outputs", False):
+            raise UnsupportedError(
+                f"{type(source).__name__}: its drafts are made from the model's hidden states, some of which have left a "
+                f"pruned model. Use an assistant_model or prompt_lookup_num_tokens, or unwrap the model."
+            )
+
+        def unheard(input_ids: torch.Tensor, *more, **options) -> tuple[torch.Tensor, None]:
+            del source.get_candidates
+            source.get_candidates(input_ids, *more, **options)  # an assistant reads the prompt now
+            return input_ids, None
+
+        source.get_candidates = unheard
+        return source
 
     # ------------------------------------------------------------------ the loss
 
