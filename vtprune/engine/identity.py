@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.families import locate
-from vtprune.pruner import Model, UnsupportedError
+from vtprune.pruner import Model
 
 _SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -18,7 +18,8 @@ def identify(model: nn.Module) -> Model:
     """The model's name, decoder depth and fingerprint.
 
     The fingerprint covers the sizes of both halves and the decoder's first and last norm weights, rounded to bfloat16:
-    norms are never quantised, and that rounding is what every loading dtype has in common.
+    norms are never quantised, and that rounding is what every loading dtype has in common. It is empty for a model whose
+    weights are not at hand.
 
     Raises:
         UnsupportedError: if it is no model of a supported family.
@@ -26,25 +27,26 @@ def identify(model: nn.Module) -> Model:
     site = locate(model)
     config = site.base.config
     sizes = [[getattr(part, name, None) for name in _SIZES] for part in (config.text_config, config.vision_config)]
+    label = getattr(config, "_name_or_path", "") or type(model).__name__
     digest = hashlib.sha256(json.dumps(sizes).encode())
     for layer in (site.decoder_layers[0], site.decoder_layers[-1]):
-        for name, weight in layer.named_parameters():
+        for name, parameter in layer.named_parameters():
             if "norm" in name:
-                rounded = _present(layer, name, weight).detach().to("cpu", torch.bfloat16).contiguous()
+                weight = _present(layer, name, parameter)
+                if weight.is_meta:  # no weights here: nothing can have been fitted to it
+                    return Model(label, len(site.decoder_layers), "")
+                rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
                 digest.update(rounded.view(torch.int16).numpy().tobytes())
-    name = getattr(config, "_name_or_path", "") or type(model).__name__
-    return Model(name, len(site.decoder_layers), digest.hexdigest()[:16])
+    return Model(label, len(site.decoder_layers), digest.hexdigest()[:16])
 
 
 def _present(layer: nn.Module, name: str, weight: Tensor) -> Tensor:
     """A weight itself, also where accelerate keeps it elsewhere (CPU, disk) until its module runs."""
-    if not weight.is_meta:
+    path, _, field = name.rpartition(".")
+    owner = layer.get_submodule(path)
+    if not weight.is_meta or not hasattr(owner, "_hf_hook"):
         return weight
     from accelerate.utils import align_module_device
 
-    owner, _, field = name.rpartition(".")
-    with align_module_device(layer.get_submodule(owner)):
-        found = getattr(layer.get_submodule(owner), field).detach().clone()
-    if found.is_meta:
-        raise UnsupportedError(f"{type(layer).__name__}.{name} has no data (a meta tensor). Load the model's weights first.")
-    return found
+    with align_module_device(owner):
+        return getattr(owner, field).detach().clone()

@@ -572,7 +572,8 @@ class _Override:
     """Stands in front of a method of one model instance, with its signature."""
 
     def __init__(self, session: Session, original: Callable, replacement: Callable):
-        functools.update_wrapper(self, original)
+        # annotations stay behind, as some cannot be pickled; the signature is found below __wrapped__
+        functools.update_wrapper(self, original, ("__name__", "__doc__"), ())
         self._session, self._original, self._replacement = session, original, replacement
 
     def __call__(self, *args, **kwargs):
