@@ -106,6 +106,7 @@ class Session:
         self._undo: list[Callable[[], None]] = []
         self._report: Report | None = None
         self._noted = False
+        self._layouts: dict = {}
 
     @property
     def report(self) -> Report:
@@ -141,6 +142,8 @@ class Session:
 
     def _attach(self) -> None:
         base, decoder = self.site.base, self.site.decoder
+        self._hook(self.model.register_forward_pre_hook, self._before_model, with_kwargs=True)
+        self._hook(self.model.register_forward_hook, self._after_model, always_call=True)
         head = self.site.head(self.model)
         if hasattr(head, "loss_function"):
             self._hook(head.register_forward_pre_hook, self._before_head, with_kwargs=True)
@@ -272,6 +275,7 @@ class Session:
             clock,
             start,
             None if self.site.family.tiles is None else self.site.family.tiles(self.site.base, given),
+            self._layouts,
         )
         if start is not None:
             encoding.notes.extend(notes)
@@ -407,6 +411,15 @@ class Session:
         encoding = getattr(self._local, "encoding", None)
         return () if encoding is None or self._is_aside else encoding.requests(block)
 
+    # ------------------------------------------------------------------ the whole model
+
+    def _before_model(self, module, args, kwargs) -> None:
+        self._local.whole, self._local.done = True, None
+
+    def _after_model(self, module, args, output) -> None:
+        self._local.whole = False
+        self._settle(output)
+
     # ------------------------------------------------------------------ assisted decoding
 
     def _drafts(self, original: Callable, args: tuple, kwargs: dict):
@@ -514,6 +527,8 @@ class Session:
     def _after_base(self, module, args, output) -> None:
         # runs after an exception as well
         self._local.call = None
+        if not getattr(self._local, "whole", False):
+            self._settle(output)
 
     # ------------------------------------------------------------------ the language model
 
@@ -548,10 +563,19 @@ class Session:
         if call is not None and call.mark is not None:
             call.clock.stop(call.mark)
         running.remember()
-        report = report_of(running)
+        self._local.done = running
+        return changed
+
+    def _settle(self, output) -> None:
+        """Read the checks and write the report once all of the model has been launched, so that a GPU does not wait for it."""
+        done, self._local.done = getattr(self._local, "done", None), None
+        if done is None or output is None:  # None: the call raised
+            return
+        for doubts in [*dict.fromkeys(r.encoding.doubts for r in done.records if r.encoding is not None), done.doubts]:
+            doubts.settle()
+        report = report_of(done)
         report.notes = [*dict.fromkeys([*report.notes, *self._notes(report)])]
         self._report = report
-        return changed
 
     def _notes(self, report: Report) -> list[str]:
         notes = []
