@@ -148,6 +148,31 @@ def test_labels_that_are_shifted_already():
         assert torch.equal(model(**inputs, pixel_values=PIXELS, labels=labels, return_dict=False)[0], expected)
 
 
+def test_a_loss_of_the_users_own():
+    """Set before wrapping, it is handed labels that its usual shift pairs rightly; it is back after unwrapping."""
+
+    def smoothed(logits, labels, vocab_size, **_):
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1), label_smoothing=0.1
+        )
+
+    model, inputs = tiny_llava(), labelled()
+    model.loss_function = smoothed
+    with torch.no_grad(), vtprune.pruning(model, "random", keep=12) as session:
+        out = model(**inputs, pixel_values=PIXELS)
+    terms = []
+    for row, (ids, sample) in enumerate(zip(PROMPTS, session.report.samples, strict=True)):
+        padding = out.logits.shape[1] - len(ids)
+        for here, after in kept_pairs(ids, sample):
+            terms.append(
+                torch.nn.functional.cross_entropy(
+                    out.logits[row, here + padding], torch.tensor(ids[after]), label_smoothing=0.1
+                )
+            )
+    torch.testing.assert_close(out.loss, torch.stack(terms).mean())
+    assert model.loss_function is smoothed
+
+
 def test_keep_all_is_bit_identical_in_training():
     model, inputs = tiny_llava().train(), labelled()
     bare = model(**inputs, pixel_values=PIXELS).loss

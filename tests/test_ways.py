@@ -108,6 +108,16 @@ def test_budgets_that_cannot_be_told_apart():
         model(**batch([prompt(2, "I", 5, "I", 3)]), pixel_values=images(2))
 
 
+def test_budgets_beside_a_video_and_strategies_inside_the_encoder():
+    from test_videos import fed, inputs_of, model_of
+
+    model = model_of("video-llava")
+    given = fed("video-llava", *inputs_of("video-llava", [[2, "A", 3, "V", 4]]))
+    pruner = vtprune.FlowCut(keep=[12, 40]) + vtprune.FastV(keep=60, layer=1)
+    with vtprune.pruning(model, pruner), pytest.raises(vtprune.BudgetError, match="sees no videos"):
+        model(**given)
+
+
 def test_budgets_of_tiles_and_mixed_modalities():
     """A tiled picture's share of its own budget; a picture and a video each with theirs, in the order of the prompt."""
     from test_families import fed as tiled_fed
