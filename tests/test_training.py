@@ -71,7 +71,7 @@ def test_loss_and_gradients_are_those_of_the_kept_sequence(strategy, side, posit
         report = session.report
     found = gradients(model)
     assert float(found["model.multi_modal_projector.linear_1.weight"].abs().sum()) > 0
-    assert float(found["model.vision_tower.embeddings.patch_embedding.weight"].abs().sum()) > 0
+    assert any(name.endswith("patch_embedding.weight") and float(grad.abs().sum()) > 0 for name, grad in found.items())
 
     terms, first = [], 0
     for ids, sample in zip(PROMPTS, report.samples, strict=True):
