@@ -113,7 +113,7 @@ def test_budgets_beside_a_video_and_strategies_inside_the_encoder():
 
     model = model_of("video-llava")
     given = fed("video-llava", *inputs_of("video-llava", [[2, "A", 3, "A", 1, "V", 4]]))
-    pruner = vtprune.FlowCut(keep=[12, 40]) + vtprune.FastV(keep=60, layer=1)
+    pruner = vtprune.FlowCut(keep=[12, 30], decoder_keep=[6, 20])
     with vtprune.pruning(model, pruner), pytest.raises(vtprune.BudgetError, match="sees no videos"):
         model(**given)
 
