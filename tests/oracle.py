@@ -269,11 +269,12 @@ def _features_follow(model, origin):
         delattr(decoder, name)
 
 
-def oracle_logits(model, turns: list[Turn], compact: bool, types: Callable | None = None) -> torch.Tensor:
+def oracle_logits(model, turns: list[Turn], compact: bool, types: Callable | None = None, grad: bool = False) -> torch.Tensor:
     """[sequence, vocabulary] logits of the full model under the masks that the pruned run implies.
 
     Parameters:
         types: token ids [1, L] -> further inputs of the model that tell modalities apart, as its processor makes them.
+        grad: whether a loss of them can be traced back.
     """
     ids = [t for turn in turns for t in turn.prompt + turn.generated]
     decoder = locate(model).decoder
@@ -346,7 +347,7 @@ def oracle_logits(model, turns: list[Turn], compact: bool, types: Callable | Non
         handles += _removing_hooks(model, alive, origin, moves, injected)
     pixels = [turn.pixels for turn in turns if turn.pixels is not None]
     try:
-        with torch.no_grad(), _features_of(model, turns), _features_follow(model, origin):
+        with torch.set_grad_enabled(grad), _features_of(model, turns), _features_follow(model, origin):
             names = dict.fromkeys(name for turn in turns for name in turn.extra)
             extra = {name: torch.cat([turn.extra[name] for turn in turns if name in turn.extra]) for name in names}
             if pixels:

@@ -118,7 +118,7 @@ def test_positions_that_do_not_exist(model):
         vtprune.wrap(model, "uniform", positions="packed")
 
 
-BAD_BUDGETS = [0, -1, 0.0, -0.5, 1.5, math.nan, math.inf, True, False, "64", None, [64], 64j, np.float64(2.0), torch.tensor(3)]
+BAD_BUDGETS = [0, -1, 0.0, -0.5, 1.5, math.nan, math.inf, True, False, "64", None, [], 64j, np.float64(2.0), torch.tensor(3)]
 
 
 @pytest.mark.parametrize("keep", BAD_BUDGETS, ids=repr)
@@ -127,6 +127,13 @@ def test_bad_budgets(name, keep):
     with pytest.raises(BudgetError, match="keep=") as caught:
         vtprune.create(name, keep=keep)
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("keep", [(64, 0), [64, 1.5], [True], ["64"], [[64]], [64, None]], ids=repr)
+@pytest.mark.parametrize("name", ["uniform", "dycoke", "pyramiddrop", "flowcut+evict"])
+def test_bad_budgets_of_one_image(name, keep):
+    with pytest.raises(BudgetError, match=rf"keep\[{len(keep) - 1}\]="):
+        vtprune.create(name, keep=keep)
 
 
 @pytest.mark.parametrize("keep", [0, 1.5, True, "64"], ids=repr)
@@ -375,12 +382,21 @@ def test_placeholders_without_an_image_as_embeddings(model):
         model(inputs_embeds=embeds)
 
 
-@pytest.mark.parametrize("name", ["uniform", "flowcut"])
-def test_labels_together_with_images(model, name):
-    vtprune.wrap(model, name, keep=9)
-    given = inputs()
-    with pytest.raises(UnsupportedError, match=r"labels=.*unwrap the model for training"):
+def test_a_loss_that_labels_cannot_follow(model):
+    """A loss put in place of the wrapped one, or a class that computes its own, would pair logits with the wrong labels."""
+    vtprune.wrap(model, "uniform", keep=9)
+    given, mine = inputs(), model.loss_function
+    model.loss_function = model.loss_function.__wrapped__
+    with pytest.raises(UnsupportedError, match=r"labels cannot follow the tokens .*unwrap the model"):
         model(**given, labels=given["input_ids"])
+    model(**given)
+    model.loss_function = mine
+    model(**given, labels=given["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["uniform", "flowcut"])
+def test_labels_of_text_alone(model, name):
+    vtprune.wrap(model, name, keep=9)
     text = batch([prompt(8)])
     wrapped = model(**text, labels=text["input_ids"]).loss
     vtprune.unwrap(model)

@@ -23,7 +23,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-Budget = int | float
+
+class PerImage(tuple):
+    """Budgets for the images (and videos) of a prompt, one each, in the order in which they stand in it."""
+
+
+Budget = int | float | PerImage
 
 STAGES = ("shrink", "encode", "select", "prefill", "decode")
 
@@ -44,12 +49,18 @@ class NothingPrunedError(VtpruneError, RuntimeError):
     """Images went in, the budget asked for fewer tokens, and none was dropped."""
 
 
-def check_budget(keep: Any, name: str = "keep") -> Budget:
+def check_budget(keep: Any, name: str = "keep", per_image: bool = False) -> Budget:
     """Return `keep` as a plain int (visual tokens per image) or float in (0, 1] (share of them).
 
+    Parameters:
+        per_image: whether it may also be a list or tuple of such numbers, one for each image of a prompt.
     Raises:
         BudgetError: for a bool, NaN, zero, a negative number, a float above 1, or anything that is no number.
     """
+    if per_image and isinstance(keep, list | tuple):
+        if not keep:
+            raise BudgetError(f"{name}={keep!r}: give one budget for each image of a prompt.")
+        return PerImage(check_budget(one, f"{name}[{at}]") for at, one in enumerate(keep))
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
         raise BudgetError(
             f"{name}={keep!r} ({type(keep).__name__}): give an int >= 1 (visual tokens per image) or a float in (0, 1]."
@@ -64,9 +75,26 @@ def check_budget(keep: Any, name: str = "keep") -> Budget:
     return keep
 
 
-def budget_tokens(keep: Budget, tokens: int) -> int:
+def budget_of(keep: Budget | None, image: int) -> Budget | None:
+    """The budget of a prompt's `image`-th image; the engine refuses prompts with more or fewer images than budgets, so of
+    all the images of a batch in order, this is the right one, too."""
+    return keep[image % len(keep)] if isinstance(keep, PerImage) else keep
+
+
+def budget_tokens(keep: Budget, tokens: int, image: int = 0) -> int:
     """How many of an image's `tokens` a budget keeps: at least 1, at most all, shares rounded half to even."""
+    keep = budget_of(keep, image)
     return min(tokens, keep) if isinstance(keep, int) else min(tokens, max(1, round(keep * tokens)))
+
+
+def budget_counts(keep: Budget, sizes: Sequence[int]) -> list[int]:
+    """How many tokens of each image a budget keeps, of images of these sizes in the order of their prompt."""
+    return [budget_tokens(keep, size, image) for image, size in enumerate(sizes)]
+
+
+def asks_for_fewer(keep: Budget, sizes: Sequence[int]) -> bool:
+    """Whether a budget keeps less than all of any of the images."""
+    return budget_counts(keep, sizes) != list(sizes)
 
 
 def tokens_after_cut(target: int, tokens: int, layer: int, depth: int) -> int:
@@ -253,6 +281,7 @@ class View:
         notes: lines for the report; a stage may add what the user should know (see `note`).
         part: (which, of how many) equal parts of an image this item is: a tile of a tiled image in `encode`; where tiles whose
             share of the strategy's `keep` is the same are seen together, the first of them.
+        images: which image of its prompt each of `sizes` is; empty for all of them, in order.
     """
 
     index: Tensor
@@ -260,6 +289,7 @@ class View:
     carry: dict[str, Tensor]
     notes: list[str] = field(default_factory=list, kw_only=True)
     part: tuple[int, int] = field(default=(0, 1), kw_only=True)
+    images: tuple[int, ...] = field(default=(), kw_only=True)
 
     def note(self, text: str) -> None:
         """Tell the user, in the report, of something that was done otherwise than asked; said once."""
@@ -282,10 +312,12 @@ class View:
         Raises:
             BudgetError: if a tile's share is less than a token.
         """
-        return self._target(keep, self.part)
+        return self._target(keep, self.part, self.images)
 
-    def _target(self, keep: Budget, part: tuple[int, int]) -> int:
+    def _target(self, keep: Budget, part: tuple[int, int], images: tuple[int, ...]) -> int:
         which, parts = part
+        images = images or range(len(self.sizes))
+        keep = budget_of(keep, images[0]) if parts > 1 else keep
         if parts > 1 and isinstance(keep, int):
             share = keep // parts + (which < keep % parts)
             if share < 1:
@@ -294,7 +326,7 @@ class View:
                     f"by one. Raise keep to at least {parts}, or use a strategy of another stage."
                 )
             return min(share, self.total)
-        return sum(budget_tokens(keep, size) for size in self.sizes)
+        return sum(budget_tokens(keep, size, image) for size, image in zip(self.sizes, images, strict=True))
 
 
 @dataclass
@@ -327,7 +359,7 @@ class EncodeView(View):
         remaining: blocks still to come after which the stage runs and may drop.
         counts: where a strategy sees unequal items together (`Pruner.ragged`), how many patches each has; those behind them
             only pad. None: all have N.
-        parts: of each item, as `part`, where items are seen together; None: all are as `part` says.
+        parts, owners: of each item, as `part` and `images`, where items are seen together; None: all are as these say.
     """
 
     layer: int = 0
@@ -340,10 +372,14 @@ class EncodeView(View):
     remaining: int = 0
     counts: list[int] | None = None
     parts: list[tuple[int, int]] | None = None
+    owners: list[tuple[int, ...]] | None = None
 
-    def targets(self, keep: Budget) -> list[int]:
-        """The budget of each item, as `target`."""
-        return [self._target(keep, part) for part in self.parts or [self.part] * len(self.index)]
+    def targets(self, keep: Budget, whole: bool = False) -> list[int]:
+        """The budget of each item, as `target`; if `whole`, as if a part were an image of its own."""
+        items = len(self.index)
+        parts = [(0, 1)] * items if whole else self.parts or [self.part] * items
+        owners = self.owners or [self.images] * items
+        return [self._target(keep, part, images) for part, images in zip(parts, owners, strict=True)]
 
     @property
     def valid(self) -> Tensor | None:
@@ -477,7 +513,7 @@ class Pruner:
     keep: Budget | None
 
     def __post_init__(self) -> None:
-        self.keep = check_budget(self.keep)
+        self.keep = check_budget(self.keep, per_image=True)
 
     def check_fields(self, integer: bool = False, why: str = "", **intervals: str) -> None:
         """Refuse fields that are no number in an interval, written as in maths: `momentum="[0, 1)"` has 0 and not 1.
@@ -505,7 +541,16 @@ class Pruner:
 
     def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
         """Whether it may drop tokens of images of these sizes: with a budget, whether it asks for fewer than all."""
-        return any(budget_tokens(self.keep, n) < n for n in sizes)
+        return asks_for_fewer(self.keep, sizes)
+
+    def budgets(self) -> int | None:
+        """How many images a prompt must have, as a budget names each of them; None where any number will do.
+
+        Raises:
+            BudgetError: if two budgets name different numbers of them.
+        """
+        found = {len(value) for value in vars(self).values() if isinstance(value, PerImage)}
+        return _same(found)
 
     def promises_to_prune(self, sizes: tuple[int, ...]) -> bool:
         """Whether a run that drops nothing is an error. Strategies driven by thresholds, not by a budget, say no."""
@@ -588,6 +633,14 @@ class Pruner:
         return f"{values.pop('name')}({', '.join(f'{k}={v!r}' for k, v in values.items())})"
 
 
+def _same(counts: set[int | None]) -> int | None:
+    if len(counts) > 1:
+        raise BudgetError(
+            f"budgets for {' and for '.join(map(str, sorted(counts)))} images: each names all images of a prompt."
+        )
+    return next(iter(counts), None)
+
+
 class Only(Pruner):
     """Some stages of one strategy; made by `Pruner.only`."""
 
@@ -610,6 +663,9 @@ class Only(Pruner):
 
     def promises_to_prune(self, sizes: tuple[int, ...]) -> bool:
         return self.pruner.promises_to_prune(sizes)
+
+    def budgets(self) -> int | None:
+        return self.pruner.budgets()
 
     def check_model(self, model: Model) -> None:
         self.pruner.check_model(model)
@@ -663,6 +719,9 @@ class Pipeline(Pruner):
 
     def promises_to_prune(self, sizes: tuple[int, ...]) -> bool:
         return any(p.promises_to_prune(sizes) for p in self.parts)
+
+    def budgets(self) -> int | None:
+        return _same({part.budgets() for part in self.parts} - {None})
 
     def check_model(self, model: Model) -> None:
         for part in self.parts:

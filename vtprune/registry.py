@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from vtprune.pruner import STAGES, Budget, Pipeline, Pruner, check_budget
+from vtprune.pruner import STAGES, Budget, PerImage, Pipeline, Pruner, check_budget
 
 GROUP = "vtprune.strategies"
 
@@ -110,7 +110,7 @@ def create(name: str, **fields: Any) -> Pruner:
     if len(parts) == 1:
         return parts[0]
     if fields.get("keep") is not None and not any(key.endswith(("__keep", ".keep")) for key in fields):
-        parts = split(parts, check_budget(fields["keep"]))
+        parts = split(parts, check_budget(fields["keep"], per_image=True))
     return Pipeline(parts)
 
 
@@ -127,7 +127,9 @@ def split(parts: Sequence[Pruner], keep: Budget) -> list[Pruner]:
         Copies in the same order.
     """
 
-    def times(factor: float) -> Budget:
+    def times(factor: float, keep: Budget = keep) -> Budget:
+        if isinstance(keep, PerImage):
+            return PerImage(times(factor, one) for one in keep)
         return max(1, round(keep * factor)) if isinstance(keep, int) else min(1.0, keep * factor)
 
     shortening = [s for s in STAGES if s != "decode"]

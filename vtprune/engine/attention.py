@@ -85,11 +85,7 @@ def attach_tap(module: nn.Module, listener: Callable[[], Listener]) -> Callable[
     if NAME not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(NAME, tapped_attention)
     module.config = TapConfig(config, listener)
-
-    def undo() -> None:
-        module.config = config
-
-    return undo
+    return functools.partial(setattr, module, "config", config)
 
 
 def real_kernel(module: nn.Module, name: str) -> Callable:
@@ -107,10 +103,12 @@ def tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     """The entry behind `NAME`: the model's own kernel, then the rows."""
     tap: TapConfig = module.config
     output = real_kernel(module, tap.kernel)(module, query, key, value, attention_mask, **kwargs)
-    for request, sink in tap._listener():
-        scaling = kwargs.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        sink(attention_rows(query, key, value, scaling, request, _softcap(kwargs.get("softcap"), tap.kernel)))
+    # scores choose, which has no gradient; and a recomputation (gradient checkpointing) must save the same as the first run
+    with torch.no_grad():
+        for request, sink in tap._listener():
+            scaling = kwargs.get("scaling")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            sink(attention_rows(query, key, value, scaling, request, _softcap(kwargs.get("softcap"), tap.kernel)))
     return output
 
 
@@ -235,6 +233,7 @@ def _is_one(module: nn.Module, name: str) -> bool:
     return any(cls.__name__ == name for cls in type(module).__mro__)
 
 
+@torch.no_grad()
 def rows_ahead(site: Site, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], past: Tensor | None, request: Request):
     """The rows that decoder layer `layer` would have on its input `hidden`: queries of the wanted rows only, keys of all.
 

@@ -30,6 +30,7 @@ from vtprune.families.base import Site
 from vtprune.measure.clock import Clock
 from vtprune.measure.flops import layer_costs, linear_flops_per_token
 from vtprune.pruner import (
+    BudgetError,
     DecodeView,
     Frames,
     Inputs,
@@ -183,6 +184,8 @@ class Pass:
         config = self.plan.site.decoder.config
         use_cache = kwargs.get("use_cache")
         use_cache = config.use_cache if use_cache is None else use_cache
+        if self.plan.site.checkpoints():
+            kwargs["use_cache"] = use_cache = False  # layers that run again in the backward pass write to no cache
         asks = self.features and self.plan.pruner.asks_to_prune(tuple(ImageTokens.of(f).size for f in self.features))
         if use_cache and self.cache is None:
             self.cache = kwargs[cache_name(self.plan.site.decoder)] = DynamicCache(config=config)
@@ -257,6 +260,13 @@ class Pass:
             if start + count > ends[row]:
                 raise UnsupportedError("an image's placeholder tokens are spread over two samples of the batch.")
             self.images[row].append(image)
+        budgets = self.plan.pruner.budgets()
+        odd = [len(images) for images in self.images if images and len(images) != budgets]
+        if budgets is not None and odd:
+            raise BudgetError(
+                f"{self.plan.pruner.describe()} has budgets for {budgets} images, and a prompt with {odd[0]} came. Give as "
+                f"many budgets as every prompt has images (and videos), or one number for all of them."
+            )
         # places in the flattened batch, in order; a nonzero() would wait for the device to count them
         slots = torch.sort(self.placeholders.flatten(), descending=True, stable=True).indices[: sum(fed)]
         # separators among the placeholders are no visual tokens: they are neither offered nor dropped
@@ -409,7 +419,11 @@ class Pass:
         units = self._units(strategy, records)
         asked = [items[unit[0]] if len(unit) == 1 else self._join([items[i] for i in unit]) for unit in units]
         shapes = [(len(unit), records[unit[0]].layout.frames, grid(records[unit[0]].layout)) for unit in units]
-        for group in groups([(len(item.index), item.sizes, shape) for item, shape in zip(asked, shapes, strict=True)]):
+        # which images of their prompt they are; matters to budgets that name each
+        named = self.plan.pruner.budgets() is not None
+        which = [tuple(first[i] for i in unit) if named else () for unit in units]
+        keys = [(len(item.index), item.sizes, *more) for item, *more in zip(asked, shapes, which, strict=True)]
+        for group in groups(keys):
             members, images = [asked[u] for u in group], [units[u] for u in group]
             heads = [unit[0] for unit in images]
             # images of a sample follow each other, so a joined item's numbers go on from its first image
@@ -419,6 +433,7 @@ class Pass:
                 sizes=members[0].sizes,
                 carry=stack_carry(members),
                 notes=self.notes,
+                images=which[group[0]],
                 features=flat[slots[places]],
                 grid=grid(records[heads[0]].layout),
                 frames=max(len(images[0]), records[heads[0]].layout.frames),
@@ -824,9 +839,10 @@ class Pass:
             if images:
                 decision = self.replays[row] if self.replays is not None else None
                 if decision is None:
+                    # without the graph that made them, which would keep a training step alive into the next
                     decision = Decision(
-                        [(self.image_items[i], self.selected.get(i)) for i in images],
-                        {layer: rows[row] for layer, rows in self.went_on.items() if row in rows},
+                        [(self.image_items[i].detached(), _detached(self.selected.get(i))) for i in images],
+                        {at: (rows[row][0], _detached(rows[row][1])) for at, rows in self.went_on.items() if row in rows},
                         self.items[row].past,
                     )
                 record = self.records[images[0]]
@@ -858,6 +874,10 @@ class _Late(Sequence):
 def _is_made(mask: Any) -> bool:
     """Whether an attention mask is one that a model makes of the user's padding mask: 4-D, or several by layer type."""
     return isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim != 2)
+
+
+def _detached(vectors: Tensor | None) -> Tensor | None:
+    return None if vectors is None else vectors.detach()
 
 
 def _videos(units: list[list[ImageTokens]]) -> list[Frames]:

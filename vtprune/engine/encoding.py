@@ -15,7 +15,7 @@ from vtprune.engine.items import Doubts, Item, Past, Picks, later, nothing_past,
 from vtprune.engine.stream import groups
 from vtprune.families.base import Layout, layouts_by_packing
 from vtprune.measure.clock import Clock
-from vtprune.pruner import EncodeView, Frames, Needs, Pruner, Rows, UnsupportedError, VtpruneError
+from vtprune.pruner import BudgetError, EncodeView, Frames, Needs, Pruner, Rows, UnsupportedError, VtpruneError, budget_of
 
 
 @dataclass
@@ -87,6 +87,7 @@ class Encoding:
         self.notes: list[str] = []
         self.doubts = Doubts()
         self.tokens: list[Item] | None = None  # where patches are joined behind the last block: what became of them
+        self.images: list[tuple[int, ...]] = []
         self.sequence = 0
         self.lengths: list[list[int]] = []
         # of all images, padded on the right: survivors' numbers, how many, what is carried with them (and by which images)
@@ -179,12 +180,31 @@ class Encoding:
             self.pasts, self.ordered, self.carry = [past] * batch, [False] * batch, {}
             self.cuts = [] if self.start is None else [(-1, self.index, self.counts, set(range(batch)))]
             self._items, self.sequence = None, self.special + size
+            self._number_images()
         self.lengths.append([self.special + n for n in self.counts])
         if self._mask is None:
             return None
         if len(args) > 1:
             return (args[0], self._mask, *args[2:]), kwargs
         return args, {**kwargs, "attention_mask": self._mask}
+
+    def _number_images(self) -> None:
+        """Which image of its prompt each item is of, where budgets name each.
+
+        Raises:
+            BudgetError: if the images cannot be so many to a prompt.
+        """
+        budgets = None if self.pruner is None else self.pruner.budgets()
+        self.images = [()] * len(self.counts)
+        if budgets is None:
+            return
+        at = torch.tensor([which == 0 for which, _ in self.parts or [(0, 1)] * len(self.counts)]).cumsum(0)
+        if int(at[-1]) % budgets:
+            raise BudgetError(
+                f"{self.pruner.describe()} has budgets for {budgets} images a prompt, and {int(at[-1])} images came. Give as "
+                f"many budgets as every prompt has images, or one number for all of them."
+            )
+        self.images = [((n - 1) % budgets,) for n in at.tolist()]
 
     def requests(self, block: int) -> Iterator[tuple[Request, Callable[[Rows], None]]]:
         """The attention rows wanted of a block."""
@@ -230,6 +250,8 @@ class Encoding:
             view = EncodeView(
                 notes=self.notes,
                 part=parts[group[0]],
+                images=self.images[group[0]],
+                owners=[self.images[i] for i in group],
                 layer=block,
                 depth=self.depth,
                 remaining=remaining,
@@ -255,13 +277,13 @@ class Encoding:
         """Images that the strategy is shown together: all, if it takes them so, else those of equal count and share."""
         if self.pruner.ragged:
             return [list(range(len(self.counts)))]
-        keep = self.pruner.keep
 
-        def share(part: tuple[int, int]) -> tuple[int, bool]:
+        def share(part: tuple[int, int], images: tuple[int, ...]) -> tuple:
             # of a whole number of tokens the first tiles get the remainder
-            return part[1], isinstance(keep, int) and part[0] < keep % part[1]
+            keep = budget_of(self.pruner.keep, *images) if images else self.pruner.keep
+            return part[1], images, isinstance(keep, int) and part[0] < keep % part[1]
 
-        return groups([(n, share(part)) for n, part in zip(self.counts, parts, strict=True)])
+        return groups([(n, share(*which)) for n, *which in zip(self.counts, parts, self.images, strict=True)])
 
     def _shown(self, group: list[int], n: int, hidden: Tensor, rows: Rows | None) -> dict[str, Any]:
         """What a view shows of the images in `group`, which have `n` patches each, or at the most."""
@@ -368,6 +390,10 @@ class ImageTokens:
         self.frames: Frames | None = None
         self.picture: Frames | None = None
         self.replays: list[tuple[Tensor, object]] = []
+
+    def __deepcopy__(self, memo: dict) -> ImageTokens:
+        # copies of features (assisted decoding makes some) are of the same run, which is nothing to copy
+        return self
 
     @property
     def size(self) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vtprune.families import locate
 from vtprune.pruner import Model
@@ -30,10 +30,23 @@ def identify(model: nn.Module) -> Model:
     label = getattr(config, "_name_or_path", "") or type(model).__name__
     digest = hashlib.sha256(json.dumps(sizes).encode())
     for layer in (site.decoder_layers[0], site.decoder_layers[-1]):
-        for name, weight in layer.named_parameters():
+        for name, parameter in layer.named_parameters():
             if "norm" in name:
-                if weight.is_meta:  # no weights here, or offloaded to a disk: nothing can have been fitted to it
+                weight = _present(layer, name, parameter)
+                if weight.is_meta:  # no weights here: nothing can have been fitted to it
                     return Model(label, len(site.decoder_layers), "")
                 rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
                 digest.update(rounded.view(torch.int16).numpy().tobytes())
     return Model(label, len(site.decoder_layers), digest.hexdigest()[:16])
+
+
+def _present(layer: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """A weight itself, also where accelerate keeps it elsewhere (CPU, disk) until its module runs."""
+    path, _, field = name.rpartition(".")
+    owner = layer.get_submodule(path)
+    if not weight.is_meta or not hasattr(owner, "_hf_hook"):
+        return weight
+    from accelerate.utils import align_module_device
+
+    with align_module_device(owner):
+        return getattr(owner, field).detach().clone()

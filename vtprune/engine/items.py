@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -127,6 +127,10 @@ class Item:
     def copy(self) -> Item:
         """Another item with the same content, for another call over the same features."""
         return Item(self.index, self.sizes, dict(self.carry), self.past, list(self.cuts), self.ordered, self.plan)
+
+    def detached(self) -> Item:
+        """A copy whose carried tensors have no graph."""
+        return replace(self.copy(), carry={name: t.detach() for name, t in self.carry.items()})
 
 
 def later(

@@ -99,6 +99,7 @@ class PackedEncoding(Encoding):
         self.flow = number  # the places that are left
         self._items = [Item(torch.arange(n * self.tower.cell, device=device), (n,)) for n in self.cells]
         self.counts = [len(item.index) for item in self._items]
+        self._number_images()
 
     def _closed_up(self, bounds: Tensor) -> Tensor:
         """Bounds of what is left within `bounds`; between two of them there is something."""
@@ -119,7 +120,7 @@ class PackedEncoding(Encoding):
             yield Request(need, None, None, columns - columns.min(), None, None), lambda rows: self._found.update({item: rows})
 
     def _groups(self, parts: list[tuple[int, int]]) -> list[list[int]]:
-        return groups(list(zip(self.counts, self.grids, strict=True)))
+        return groups(list(zip(self.counts, self.grids, self.images, strict=True)))
 
     def _shown(self, group: list[int], n: int, hidden: Tensor, rows: Rows | None) -> dict[str, Any]:
         items = [self.items[i] for i in group]

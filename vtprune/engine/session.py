@@ -27,10 +27,11 @@ from vtprune.engine.encoding import Encoding, Start, attach_layout, attach_recor
 from vtprune.engine.identity import identify
 from vtprune.engine.intake import PIXELS, Call, pixels_of, recognised
 from vtprune.engine.packed import PackedEncoding
+from vtprune.engine.stream import Stream
 from vtprune.families import locate
 from vtprune.measure.clock import NoClock
 from vtprune.measure.flops import output_flops
-from vtprune.pruner import BudgetError, Encoder, Pipeline, Pruner, ShrinkView, UnsupportedError, VtpruneError
+from vtprune.pruner import BudgetError, Encoder, Pipeline, Pruner, ShrinkView, UnsupportedError, VtpruneError, budget_of
 from vtprune.reporting import Report
 
 
@@ -69,6 +70,7 @@ class Session:
                 f"does not have. See vtprune.available() for strategies that do without."
             )
         pruner.check_model(identify(model))
+        pruner.budgets()
         self.reads_frames = pruner.part("select") is not None and pruner.part("select").reads_frames
         depth = len(self.site.decoder_layers)
         part = {stage: pruner.part(stage) for stage in ("shrink", "encode", "prefill", "decode")}
@@ -154,6 +156,13 @@ class Session:
         base, decoder = self.site.base, self.site.decoder
         self._hook(self.model.register_forward_pre_hook, self._before_model, with_kwargs=True)
         self._hook(self.model.register_forward_hook, self._after_model, always_call=True)
+        head = self.site.head(self.model)
+        if hasattr(head, "loss_function"):
+            self._hook(head.register_forward_pre_hook, self._before_head, with_kwargs=True)
+            self._override(head, "_loss_function", self._loss, head.loss_function)
+            self._hook(head.register_forward_hook, self._after_head)
+        if hasattr(head, "_get_candidate_generator"):
+            self._override(head, "_get_candidate_generator", self._drafts)
         self._override(base, "get_image_features", self._encode)
         if self.site.family.videos is not None and self.site.family.video_features != "get_image_features":
             self._override(base, self.site.family.video_features, self._encode_video)
@@ -198,12 +207,12 @@ class Session:
                     attention = getattr(block, self.site.family.attention)
                     self._undo.append(attach_tap(attention, functools.partial(self._encoder_requests, at)))
 
+    # what is put on the model is bound methods and small objects, no closures: copies of the model take them along
     def _hook(self, register: Callable, hook: Callable, **options) -> None:
-        @functools.wraps(hook)
-        def unless_aside(*args, **kwargs):
-            return None if self._is_aside else hook(*args, **kwargs)
+        self._undo.append(register(functools.partial(self._unless_aside, hook), **options).remove)
 
-        self._undo.append(register(unless_aside, **options).remove)
+    def _unless_aside(self, hook: Callable, *args, **kwargs):
+        return None if self._is_aside else hook(*args, **kwargs)
 
     @property
     def _is_aside(self) -> bool:
@@ -218,23 +227,20 @@ class Session:
         finally:
             self._local.aside = False
 
-    def _override(self, base: nn.Module, name: str, replacement: Callable) -> None:
+    def _override(self, base: nn.Module, name: str, replacement: Callable, original: Callable | None = None) -> None:
         """An instance attribute in front of the class's method, which generate() and forward() both look up there."""
-        original, before = getattr(base, name), base.__dict__.get(name)
+        original, before = original or getattr(base, name), base.__dict__.get(name)
+        setattr(base, name, _Override(self, original, replacement))
+        self._undo.append(
+            functools.partial(delattr, base, name) if before is None else functools.partial(setattr, base, name, before)
+        )
 
-        @functools.wraps(original)
-        def method(*args, **kwargs):
-            return original(*args, **kwargs) if self._is_aside else replacement(original, args, kwargs)
+    def __getstate__(self) -> dict:
+        # a copy of the model has this strategy, and calls of its own
+        return {**vars(self), "_local": None, "_report": None}
 
-        setattr(base, name, method)
-
-        def undo() -> None:
-            if before is None:
-                delattr(base, name)
-            else:
-                setattr(base, name, before)
-
-        self._undo.append(undo)
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _local=threading.local())
 
     def _pack(self, original: Callable, args: tuple, kwargs: dict):
         """The model's packing of tiles, watched while a wrapped encoder runs."""
@@ -363,6 +369,11 @@ class Session:
                     f"through another one, so its patches are not what the decoder sees. Use a strategy of another stage for "
                     f"videos."
                 )
+            if within.budgets() is not None:
+                raise BudgetError(
+                    f"{within.describe()}: a strategy inside the vision encoder sees no videos, so it cannot tell which image "
+                    f"of the prompt a budget is for. Give one number for all of them."
+                )
             notes.append(f"{within.name}: its part inside the vision encoder sees pictures only, no videos.")
         call = getattr(self._local, "call", None)
         clock = call.clock if call is not None else new_clock(self.site.base)
@@ -432,6 +443,8 @@ class Session:
         """The arguments of `get_image_features` with the pictures scaled down as the strategy says."""
         pixels, strategy = pixels_of("image", given), self.pruner.part("shrink")
         patch = self.site.patch
+        if strategy.budgets() not in (None, 1):
+            raise BudgetError(f"{strategy.describe()}: pictures are scaled down to one size. Give one number for all of them.")
         full = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
         count = full[0] * full[1]
         index = torch.arange(count, device=pixels.device).expand(pixels.shape[0], -1)
@@ -505,19 +518,65 @@ class Session:
 
     def _before_model(self, module, args, kwargs) -> None:
         self._local.whole, self._local.done = True, None
-        self._refuse_labels(kwargs)
 
     def _after_model(self, module, args, output) -> None:
         self._local.whole = False
         self._settle(output)
 
-    def _refuse_labels(self, kwargs: dict) -> None:
-        if kwargs.get("labels") is not None and any(
-            kwargs.get(name) is not None for name in (*PIXELS["image"], *PIXELS["video"], "mm_encoder_outputs")
-        ):
+    # ------------------------------------------------------------------ assisted decoding
+
+    def _drafts(self, original: Callable, args: tuple, kwargs: dict):
+        """The source of drafts, unheard at first: assisted decoding feeds the first draft together with the prompt, of which
+        strategies would take it for a part, and what of it is rejected could not be taken back.
+
+        Raises:
+            UnsupportedError: for sources that read hidden states.
+        """
+        source = original(*args, **kwargs)
+        if getattr(source, "requires_model_outputs", False):
             raise UnsupportedError(
-                "labels= together with images on a pruned model: a loss over dropped tokens is not defined. Compute the loss "
-                "from the returned logits, or unwrap the model for training."
+                f"{type(source).__name__}: its drafts are made from the model's hidden states, some of which have left a "
+                f"pruned model. Use an assistant_model or prompt_lookup_num_tokens, or unwrap the model."
+            )
+
+        def unheard(input_ids: torch.Tensor, *more, **options) -> tuple[torch.Tensor, None]:
+            del source.get_candidates
+            source.get_candidates(input_ids, *more, **options)  # an assistant reads the prompt now
+            return input_ids, None
+
+        source.get_candidates = unheard
+        return source
+
+    # ------------------------------------------------------------------ the loss
+
+    def _before_head(self, module, args, kwargs) -> None:
+        self._local.labelled, self._local.left = kwargs.get("labels") is not None, None
+
+    def _loss(self, original: Callable, args: tuple, kwargs: dict):
+        """The model's own loss, over the kept sequence."""
+        left: Stream | None = getattr(self._local, "left", None)
+        self._local.labelled = False
+        if left is None:
+            return original(*args, **kwargs)
+        if len(args) > 1:
+            args = (args[0], left.followed(args[1]), *args[2:])
+        elif kwargs.get("labels") is not None:
+            kwargs = {**kwargs, "labels": left.followed(kwargs["labels"])}
+        if kwargs.get("shift_labels") is not None:  # shifted by the user: one place ahead of labels
+            ahead = torch.nn.functional.pad(kwargs["shift_labels"], (1, 0), value=-100)[:, :-1]
+            kwargs = {
+                **kwargs,
+                "shift_labels": torch.nn.functional.pad(left.followed(ahead), (0, 1), value=-100)[:, 1:].contiguous(),
+            }
+        return original(*args, **kwargs)
+
+    def _after_head(self, module, args, output) -> None:
+        labelled, left, self._local.left = getattr(self._local, "labelled", False), getattr(self._local, "left", None), None
+        if labelled and left is not None:
+            raise UnsupportedError(
+                f"{type(module).__name__} does not take its loss from its loss_function (or that was replaced after wrapping), "
+                f"so labels cannot follow the tokens that were kept. Compute the loss from the returned logits, or unwrap the "
+                f"model for training."
             )
 
     # ------------------------------------------------------------------ the base model
@@ -624,6 +683,7 @@ class Session:
         if running is None or output is None:  # None: the call raised
             return None
         changed = running.finish(output)
+        self._local.left = running.stream if running.active and running.stream.pruned else None
         if not running.items:
             return changed
         call = getattr(self._local, "call", None)
@@ -647,13 +707,27 @@ class Session:
     def _notes(self, report: Report) -> list[str]:
         notes = []
         parts = self.pruner.parts if isinstance(self.pruner, Pipeline) else [self.pruner]
-        smallest = min((n for s in report.samples for n in s.images), default=0)
         for part in parts:
-            if isinstance(part.keep, int) and smallest and part.keep > smallest:
-                notes.append(
-                    f"{part.name}: keep={part.keep} exceeds an image's {smallest} visual tokens; all of them are kept."
-                )
+            asked = [(n, budget_of(part.keep, image)) for s in report.samples for image, n in enumerate(s.images)]
+            above = [(n, keep) for n, keep in asked if isinstance(keep, int) and keep > n]
+            if above:
+                size, keep = min(above)
+                notes.append(f"{part.name}: keep={keep} exceeds an image's {size} visual tokens; all of them are kept.")
         if notes and not self._noted:
             self._noted = True
             warnings.warn("; ".join(notes), stacklevel=2)
         return notes
+
+
+class _Override:
+    """Stands in front of a method of one model instance, with its signature."""
+
+    def __init__(self, session: Session, original: Callable, replacement: Callable):
+        # annotations stay behind, as some cannot be pickled; the signature is found below __wrapped__
+        functools.update_wrapper(self, original, ("__name__", "__doc__"), ())
+        self._session, self._original, self._replacement = session, original, replacement
+
+    def __call__(self, *args, **kwargs):
+        if self._session._is_aside:
+            return self._original(*args, **kwargs)
+        return self._replacement(self._original, args, kwargs)

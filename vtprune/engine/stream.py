@@ -166,6 +166,18 @@ class Stream:
         full = hidden.new_zeros(hidden.shape[0], self.length + 1, hidden.shape[2])
         return full.scatter(1, at[..., None].expand_as(hidden), hidden)[:, : self.length]
 
+    def followed(self, labels: Tensor) -> Tensor:
+        """Labels [B, L] for a loss that pairs the logits of each place with the label of the next one.
+
+        Where tokens between two survivors are gone, the first of the two predicts the second: its label moves to the place
+        after the first. All else is -100: what has left predicts nothing and is predicted by nothing, padding included.
+        """
+        to, labelled = self.index[:, :-1] + 1, labels.gather(1, self.index[:, 1:])
+        if self.valid is not None:
+            to = to.masked_fill(~(self.valid[:, :-1] & self.valid[:, 1:]), self.length)
+        full = labels.new_full((labels.shape[0], self.length + 1), -100)
+        return full.scatter(1, to, labelled)[:, : self.length]
+
 
 def join_valid(past_valid: Tensor | None, past: int, valid: Tensor | None, index: Tensor) -> Tensor | None:
     """bool [B, past + n], which of the cached and the new keys are real; None if all are."""

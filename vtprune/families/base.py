@@ -24,6 +24,7 @@ def resolve(module: nn.Module, paths: tuple[str, ...]) -> nn.Module | None:
             found = getattr(found, name, None)
             if found is None:
                 break
+            found = getattr(found, "_orig_mod", found)  # below torch.compile
         if found is not None:
             return found
     return None
@@ -346,6 +347,31 @@ class Site:
                 f"a {self.vision_type!r} vision tower cannot be given a smaller picture here (known: "
                 f"{', '.join(self.family.resizable)}). Use a strategy of another stage."
             )
+
+    def head(self, model: nn.Module) -> nn.Module | None:
+        """The module of `model` that holds the base model and its LM head, or None if `model` is the base alone."""
+        for module in model.modules():
+            children = [getattr(child, "_orig_mod", child) for child in module.children()]
+            if not hasattr(module, "_orig_mod") and any(child is self.base for child in children):
+                return module
+        return None
+
+    def checkpoints(self) -> bool:
+        """Whether decoder layers will run again in the backward pass (gradient checkpointing).
+
+        Raises:
+            UnsupportedError: where their hooks would run again with them.
+        """
+        layer = self.decoder_layers[0]
+        if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+            return False
+        if type(layer).__call__ is not nn.Module.__call__:
+            raise UnsupportedError(
+                f"gradient checkpointing of {type(layer).__name__} in this transformers version runs a layer's hooks again in "
+                f"the backward pass, where nothing would be pruned. Use transformers >= 5.24, call "
+                f"model.gradient_checkpointing_disable(), or model.eval() if you are not training."
+            )
+        return torch.is_grad_enabled()
 
     def special_tokens(self) -> int:
         """Tokens before the patches in the vision sequence.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtprune.pruner import Budget, BudgetError, Keep, Pruner, SelectView, budget_tokens, check_budget
+from vtprune.pruner import Budget, BudgetError, Keep, Pruner, SelectView, check_budget
 from vtprune.temporal import dycoke_merge
 
 
@@ -39,14 +39,14 @@ class DyCoke(Pruner):
 
     def __post_init__(self) -> None:
         if self.keep is not None:
-            self.keep = check_budget(self.keep)
+            self.keep = check_budget(self.keep, per_image=True)
         self.check_fields(k="[0, 1]")
         self.check_fields(window="[1, 1000]", integer=True)
 
     def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
         if self.keep is None:
             return self.k > 0 and self.window > 1
-        return any(budget_tokens(self.keep, n) < n for n in sizes)
+        return super().asks_to_prune(sizes)
 
     def select(self, view: SelectView) -> Keep | None:
         k = self.k

@@ -14,7 +14,7 @@ from vtprune.pruner import (
     Needs,
     PrefillView,
     Pruner,
-    budget_tokens,
+    asks_for_fewer,
     check_budget,
     tokens_after_cut,
 )
@@ -48,12 +48,12 @@ class FastV(Pruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.after is not None:
-            self.after = check_budget(self.after, "after")
+            self.after = check_budget(self.after, "after", per_image=True)
 
     def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
         if self.after is None:
             return super().asks_to_prune(sizes)
-        return any(budget_tokens(self.after, n) < n for n in sizes)
+        return asks_for_fewer(self.after, sizes)
 
     def prefill_needs(self, depth: int) -> dict[int, Needs]:
         if not 1 <= self.layer < depth:

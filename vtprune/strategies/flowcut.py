@@ -20,7 +20,7 @@ from vtprune.pruner import (
     Needs,
     PrefillView,
     Pruner,
-    budget_tokens,
+    asks_for_fewer,
     check_budget,
 )
 from vtprune.select import top, top_cells
@@ -144,7 +144,7 @@ class FlowCut(Pruner):
             if getattr(self, field) not in allowed:
                 raise BudgetError(f"{field}={getattr(self, field)!r}: give {' or '.join(map(repr, allowed))}.")
         if self.decoder_keep is not None:
-            self.decoder_keep = check_budget(self.decoder_keep, "decoder_keep")
+            self.decoder_keep = check_budget(self.decoder_keep, "decoder_keep", per_image=True)
         if not 0 <= self.momentum < 1 or self.every < 1:
             raise BudgetError(f"momentum={self.momentum} must lie in [0, 1) and every={self.every} must be at least 1.")
 
@@ -156,14 +156,15 @@ class FlowCut(Pruner):
         return self.newlines == "model"
 
     def _later(self, sizes: tuple[int, ...]) -> bool:
-        return self.decoder_keep is not None and any(budget_tokens(self.decoder_keep, n) < n for n in sizes)
+        return self.decoder_keep is not None and asks_for_fewer(self.decoder_keep, sizes)
 
     def asks_to_prune(self, sizes: tuple[int, ...]) -> bool:
         return self._later(sizes) or super().asks_to_prune(sizes)
 
     def promises_to_prune(self, sizes: tuple[int, ...]) -> bool:
         # a count for each tile may be more than a tile has, which the sizes of whole images do not tell
-        return self._later(sizes) or ((self.split == "image" or self.keep < 1) and super().asks_to_prune(sizes))
+        counts = any(isinstance(keep, int) for keep in (self.keep if isinstance(self.keep, tuple) else (self.keep,)))
+        return self._later(sizes) or ((self.split == "image" or not counts) and super().asks_to_prune(sizes))
 
     # Stage V, in the encoder. With a class token the last cut comes one block before the feature block, else after it.
     def encode_needs(self, encoder: Encoder) -> dict[int, Needs]:
@@ -174,9 +175,8 @@ class FlowCut(Pruner):
         return dict.fromkeys(range(encoder.depth - 1), Needs(queries="cls", values=True))
 
     def encode(self, view: EncodeView) -> Keep | None:
-        total, counts, valid = view.total, view.counts or [view.tokens] * len(view.index), view.valid
-        wanted = [budget_tokens(self.keep, total)] * len(counts) if self.split == "tile" else view.targets(self.keep)
-        targets = [view.cell * one for one in wanted]
+        counts, valid = view.counts or [view.tokens] * len(view.index), view.valid
+        targets = [view.cell * one for one in view.targets(self.keep, whole=self.split == "tile")]
         if all(n <= target for n, target in zip(counts, targets, strict=True)):
             return None
         rows, epsilon = view.rows, 0.0

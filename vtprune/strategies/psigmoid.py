@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from vtprune.fitted import Scheduled
 from vtprune.ladder import cut_layers, rising_root, spend
-from vtprune.pruner import Budget, Keep, Model, Needs, PrefillView, budget_tokens
+from vtprune.pruner import Budget, Keep, Model, Needs, PrefillView, budget_counts
 from vtprune.select import row_mean, top
 
 
@@ -103,7 +103,7 @@ class PSigmoid(Scheduled):
         return dict.fromkeys(range(self.min_layer, depth), Needs(queries=self.query_scope))
 
     def prefill_at(self, depth: int, sizes: tuple[int, ...], entered: int) -> tuple[int, ...]:
-        target = sum(budget_tokens(self.keep, size) for size in sizes)
+        target = sum(budget_counts(self.keep, sizes))
         return () if target >= entered else self._cuts(target / entered, depth)
 
     def prefill(self, view: PrefillView) -> Keep | None:

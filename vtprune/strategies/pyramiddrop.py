@@ -55,7 +55,7 @@ class PyramidDrop(Pruner):
 
     def __post_init__(self) -> None:
         if self.keep is not None:
-            self.keep = check_budget(self.keep)
+            self.keep = check_budget(self.keep, per_image=True)
         self.layers = tuple(self.layers)
         ints = all(type(layer) is int and layer >= 1 for layer in self.layers)
         shares = all(type(layer) is float and 0.0 < layer < 1.0 for layer in self.layers)

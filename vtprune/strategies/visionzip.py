@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtprune.merge import cluster_means
-from vtprune.pruner import Budget, BudgetError, Encoder, EncodeView, Keep, Needs, Pruner
+from vtprune.pruner import Budget, BudgetError, Encoder, EncodeView, Keep, Needs, PerImage, Pruner
 from vtprune.select import at, top, without
 
 
@@ -74,8 +74,9 @@ class VisionZip(Pruner):
         if not real or not (m >= 0 if isinstance(m, numbers.Integral) else 0.0 <= m < 1.0):
             raise BudgetError(f"contextual={m!r}: give an int >= 0 (tokens), a float in [0, 1) (share of keep), or None.")
         self.contextual = int(m) if isinstance(m, numbers.Integral) else float(m)
-        if isinstance(self.keep, int):
-            self.split(self.keep)
+        for keep in self.keep if isinstance(self.keep, PerImage) else (self.keep,):
+            if isinstance(keep, int):
+                self.split(keep)
 
     def split(self, keep: int) -> tuple[int, int]:
         """(dominant, contextual) tokens of a budget of `keep`; the dominant ones include the class token.
