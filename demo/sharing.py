@@ -12,11 +12,11 @@ from urllib.parse import parse_qs, urlencode
 from PIL import Image
 
 from vtprune import embedded
+from vtprune.cli.demoing import Limits
 from vtprune.viz import Entry, contact_sheet, final_picture
 from vtprune.viz_timeline import timeline
 
 from .asking import UNPRUNED, Answer, Column
-from .limits import Limits
 from .session import Session, Source
 
 # what the page starts with, on a picture of 576 visual tokens and on a clip of 1152

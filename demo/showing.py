@@ -7,11 +7,13 @@ from typing import Any
 
 import gradio as gr
 
+from vtprune.cli.demoing import Limits
+
 from . import depth, gallery, sharing, words
 from .asking import Column, make
 from .guard import DemoError
 from .keeper import Keeper
-from .limits import Limits
+from .line import Line
 from .patch import story
 from .session import Session, Source
 from .watching import ATTENTION
@@ -30,6 +32,7 @@ class Showing:
 
     def __init__(self, keeper: Keeper, clips: Keeper, limits: Limits, made=None):
         self.keeper, self.clips, self.limits, self._made = keeper, clips, limits, made
+        self.line = Line(limits.concurrency, limits.queue)
         self.parts: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ the model and its shape
