@@ -72,7 +72,7 @@ def few_heaps() -> None:
     Visitors are served by many threads. glibc would give them up to eight heaps per core, and each keeps what it once held.
     Elsewhere than on glibc nothing is to be done.
     """
-    # 20 visitors, 139 runs: 75 MB that were free yet held with all heaps, none with two
+    # measured over 90 runs of 8 visitors: what is held though free grew from 37 to 115 MB with all, stayed at 45 MB with two
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:
         set_option(-8, 2)  # M_ARENA_MAX of malloc.h

@@ -38,19 +38,21 @@ def main(target: Path) -> None:
             page.wait_for_timeout(400)
             return page
 
-        desktop = visit(START + "&column=visionzip:64&stage=16", 1400, 1330)
+        desktop = visit(START + "&column=visionzip:64&stage=16", 1400, 1680)
         keep(desktop.screenshot(), target / "demo-desktop.png")
-        keep(visit(START + "&stage=10", 1200, 1250, color_scheme="dark").screenshot(), target / "demo-dark.png")
+        keep(visit(START + "&stage=10", 1200, 1640, color_scheme="dark").screenshot(), target / "demo-dark.png")
         phone = visit(PHONE, 390, 844, device_scale_factor=2, has_touch=True)
         keep(phone.screenshot(full_page=True), target / "demo-phone.png", width=390)
-        keep(visit(CLIP, 1200, 1250).screenshot(full_page=True), target / "demo-clip.png", width=900)
+        clip = visit(CLIP, 1200, 1560)
+        to_the_columns(clip)
+        keep(clip.screenshot(), target / "demo-clip.png", width=1000)
         film(visit(START, 1100, 900), target / "demo.gif")
         browser.close()
 
 
 def film(page: Page, path: Path) -> None:
     """The stage slider from the encoder to the cache, then the budget of one column."""
-    page.locator("#place").evaluate("element => element.scrollIntoView({block: 'start'})")
+    to_the_columns(page)
     frames: list[Image.Image] = []
 
     def snap() -> None:
@@ -66,10 +68,15 @@ def film(page: Page, path: Path) -> None:
         expect(page.locator("#figures1")).to_contain_text(f"{budget} of 576", timeout=PATIENCE)
         snap()
     # one palette for all, so that what does not change costs nothing
-    palette = frames[6].quantize(128, method=Image.Quantize.MAXCOVERAGE)
+    palette = frames[6].quantize(255, method=Image.Quantize.MEDIANCUT, kmeans=2)
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     small[0].save(path, save_all=True, append_images=small[1:], duration=[700] * 11 + [2500], loop=0, optimize=True)
     print(path, path.stat().st_size // 1000, "kB")
+
+
+def to_the_columns(page: Page) -> None:
+    """Scroll to the stage slider and what is below it."""
+    page.locator("#stage").evaluate("element => scrollBy(0, element.getBoundingClientRect().top - 12)")
 
 
 def write(page: Page, slider: str, value: int) -> None:
@@ -79,11 +86,11 @@ def write(page: Page, slider: str, value: int) -> None:
 
 
 def keep(shot: bytes, path: Path, width: int | None = None) -> None:
-    """Save with a palette, which such pictures do not suffer from."""
+    """Save with a palette of the picture's own, mixed where it lacks a colour: greys stay grey."""
     picture = Image.open(io.BytesIO(shot)).convert("RGB")
     if width is not None and picture.width > width:
         picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
-    picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2).save(path, optimize=True)
     print(path, path.stat().st_size // 1000, "kB", picture.size)
 
 
