@@ -463,6 +463,12 @@ class Pruner:
         """Whether a run that drops nothing is an error. Strategies driven by thresholds, not by a budget, say no."""
         return self.asks_to_prune(sizes)
 
+    @classmethod
+    def trial(cls, depth: int) -> Pruner:
+        """An instance to ask what a model of `depth` decoder layers can serve; for strategies that have no values of their own
+        until they are fitted, with some that would do."""
+        return cls()
+
     def check_model(self, model: Model) -> None:
         """Refuse a model that this instance was not fitted to.
 
