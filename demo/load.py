@@ -12,7 +12,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -49,13 +48,14 @@ def main() -> None:
         try:
             result = measure(given, place, server.pid, right)
         finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(30)
+            server.terminate()
+            server.wait(60)
     result["server_log_errors"] = (place / "log").read_text(errors="replace").count("Traceback")
+    result["session_folders_at_the_end"] = len(list(place.glob("vtprune-demo-*")))
     shutil.rmtree(place, ignore_errors=True)
     print(json.dumps(result, indent=1))
-    wrong = result["errors"] or result["cross_talk"] or result["wrong"] or result["session_folders_left"]
-    sys.exit(int(bool(wrong or abs(result["memory_growth"]) > 0.05)))
+    wrong = ("errors", "cross_talk", "wrong", "session_folders_left", "session_folders_at_the_end", "server_log_errors")
+    sys.exit(int(any(result[name] for name in wrong) or abs(result["memory_growth"]) > 0.05))
 
 
 def answers() -> dict[tuple[str, str, str, int], str]:

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -47,8 +46,8 @@ def main() -> None:
             waits = [visit(browser, address) for _ in range(given.times)]
             browser.close()
     finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(30)
+        server.terminate()
+        server.wait(60)
         shutil.rmtree(place, ignore_errors=True)
     median = sorted(w["first_answer_s"] for w in waits)[len(waits) // 2]
     print(json.dumps({"serving_after_s": round(serving, 2), "started": at_once, "loaded": waits, "median_s": median}, indent=1))

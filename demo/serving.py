@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import signal
 import sys
 
 import gradio as gr
@@ -62,6 +63,8 @@ def start(
     )
     if block:
         print(f"vtprune demo: {address}", flush=True)
+        # ended by a service manager it cleans up as after Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         demo.block_thread()
     return demo, address
 

@@ -177,7 +177,7 @@ def card(session: Session, fit: str) -> Image.Image:
         picture = session.source.preview
         if session.source.clip:
             picture = timeline(sample, session.source.frames, fit=fit, columns=4, bare=True)
-        elif sample.grids[0] is not None:
+        elif sample.views_of(0):
             picture = final_picture(sample, picture, fit)
         entries.append(Entry(title, caption, f"\u201c{answer.text}\u201d", picture))
     return contact_sheet(entries, session.question)

@@ -38,9 +38,9 @@ def main(target: Path) -> None:
             page.wait_for_timeout(400)
             return page
 
-        desktop = visit(START + "&column=visionzip:64&stage=16", 1400, 1680)
+        desktop = visit(START + "&column=visionzip:64&stage=16", 1400, 1780)
         keep(desktop.screenshot(), target / "demo-desktop.png")
-        keep(visit(START + "&stage=10", 1200, 1640, color_scheme="dark").screenshot(), target / "demo-dark.png")
+        keep(visit(START + "&stage=10", 1200, 1780, color_scheme="dark").screenshot(), target / "demo-dark.png")
         phone = visit(PHONE, 390, 844, device_scale_factor=2, has_touch=True)
         keep(phone.screenshot(full_page=True), target / "demo-phone.png", width=390)
         clip = visit(CLIP, 1200, 1560)
@@ -56,12 +56,15 @@ def film(page: Page, path: Path) -> None:
     frames: list[Image.Image] = []
 
     def snap() -> None:
+        page.wait_for_function("[...document.querySelectorAll('.vt-overlay img')].every(image => image.complete)")
         page.wait_for_timeout(500)
         frames.append(Image.open(io.BytesIO(page.screenshot())).convert("RGB").resize((733, 600), Image.Resampling.LANCZOS))
 
     for stage in (0, 2, 4, 6, 8, 10, 12, 16):
         write(page, "stage", stage)
-        expect(page.locator("#caption1")).to_contain_text(page.locator("#place textarea, #place input").input_value())
+        title = f"after vision block {stage}" if stage < 8 else f"at decoder layer {stage - 9}"
+        for column in range(3):
+            expect(page.locator(f"#caption{column}")).to_contain_text("entering" if stage == 8 else title, timeout=PATIENCE)
         snap()
     for budget in (32, 16, 8, 4):
         write(page, "keep1", budget)

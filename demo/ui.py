@@ -25,7 +25,7 @@ ADDRESS = "(query) => { if (query) history.replaceState(null, '', '?' + query + 
 LEGEND = (
     "<p class='vt-legend'><span><i style='border-color:#56b4e9'></i>kept</span><span><i style='border-color:#e69f00'>"
     "</i>merged group</span><span><i style='border-color:#777;background:#333'></i>dropped</span>"
-    "<span>Over a clip's frame: its score, where there is one, and its tokens</span></p>"
+    "<span>bars over a clip's frames: score (if any) and tokens</span></p>"
 )
 MEASURED = """
 Every column runs the whole model, one column after the other. Shares are of an unpruned run of the same input; times are

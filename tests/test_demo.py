@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -33,6 +34,8 @@ from vtprune import embedded
 from vtprune.cli import app, demoing, running
 from vtprune.cli.demoing import Limits
 from vtprune.images import open_image
+from vtprune.places import View
+from vtprune.reporting import SampleReport
 
 LIMITS = Limits()
 QUESTION = "What shape is the white object?"
@@ -180,6 +183,19 @@ def test_overlays_are_bright_where_tokens_are(keeper):
     kept[depth.left(sample, places[16])] = True
     cells = np.abs(after - whole).reshape(24, 14, 24, 14, 3)[:, 4:10, :, 4:10].mean((1, 3, 4)).ravel()
     assert cells[kept].max() < 3 < cells[~kept].mean()
+
+
+def test_a_tiled_picture_is_drawn_tile_by_tile():
+    """LLaVA-NeXT's way: the whole picture small, then two tiles; the tiles are drawn as one grid."""
+    views = (View(4, 4), View(4, 4, 0, 2), View(4, 4, 1, 2))
+    left = torch.tensor([3, 16, 47])  # in the small picture, the first tile's first patch, the second tile's last
+    sample = SampleReport(48, left, [left, left], {}, images=[48], grids=[None], views=[views])
+    picture = Image.new("RGB", (640, 320), (200, 120, 40))
+    drawn = np.asarray(depth.draw(sample, picture, depth.places(2, 2)[-1], "stretch")).astype(int)
+    cell = drawn.shape[0] // 4
+    middles = drawn[cell // 2 :: cell, cell // 2 :: cell]
+    bright = np.abs(middles - (200, 120, 40)).sum(-1) < 12
+    assert middles.shape[:2] == (4, 8) and np.argwhere(bright).tolist() == [[0, 0], [3, 7]]
 
 
 def test_a_patch_has_a_score_a_rank_and_a_fate(keeper):
