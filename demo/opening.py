@@ -39,7 +39,7 @@ def main() -> None:
     server = subprocess.Popen(command, env={**os.environ, "TMPDIR": place}, stdout=subprocess.DEVNULL)
     try:
         with sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+            browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS, timeout=120_000)
             until_serving(address)
             serving = time.monotonic() - begin
             at_once = visit(browser, address)

@@ -278,11 +278,15 @@ class Page(Talking):
             part, source = self.parts[f"found{at}"], self.source(_alive(session))
             prepare = source.prepare(check_question(question, self.limits), self.limits)
             keeper, tokens = self.keeper_of(source), self.limits.new_tokens
-            with session.run() as stop, self.line.stand(stop) as place:
-                for ahead in place.wait():
-                    yield {part: words.waiting(ahead)}
-                for search in smallest(keeper, prepare, pruner or "", tokens, stop, self.made(source)):
-                    yield {part: words.searching(search)}
+            try:
+                with session.run() as stop, self.line.stand(stop) as place:
+                    for ahead in place.wait():
+                        yield {part: words.waiting(ahead)}
+                    for search in smallest(keeper, prepare, pruner or "", tokens, stop, self.made(source)):
+                        yield {part: words.searching(search)}
+            except Stopped:
+                yield {part: words.status("Stopped.")}
+                return
             if search.best is not None:
                 yield {self.parts[f"keep{at}"]: search.best, self.parts["session"]: session}
 

@@ -12,7 +12,8 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from vtprune.cli.demoing import folder, load
 
-PATIENCE = 120_000
+PATIENCE = 600_000
+expect.set_options(timeout=PATIENCE)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 START = "picture=scene-0&question=What+shape+is+the+white+object%3F&column=none:576&column=flowcut:64&column=fastv:192"
 PHONE = "picture=scene-1&question=What+does+the+text+say%3F&column=flowcut:64&column=random:64"
@@ -24,10 +25,11 @@ def main(target: Path) -> None:
     serving = load(folder())
     _, address = serving.start(block=False)
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS, timeout=PATIENCE)
 
         def visit(query: str, width: int, height: int, **options) -> Page:
             page = browser.new_context(viewport={"width": width, "height": height}, **options).new_page()
+            page.set_default_timeout(PATIENCE)
             page.goto(f"{address}?{query}", timeout=PATIENCE)
             expect(page.locator("#status")).to_contain_text("Done", timeout=PATIENCE)
             # pictures further down are loaded when they come into sight

@@ -28,6 +28,7 @@ from demo.finding import smallest
 from demo.guard import DemoError, check_question, read_picture, say
 from demo.keeper import Keeper, Stopped
 from demo.line import Line
+from demo.page import Page
 from demo.patch import story
 from demo.session import Session, Source
 from vtprune import embedded
@@ -526,6 +527,41 @@ def test_a_line_is_first_come_first_served():
             go.set()
     thread.join()
     assert seen == [1]
+
+
+class Parts(dict):
+    """Stands for the page's components: each is its own name."""
+
+    def __missing__(self, name):
+        return name
+
+
+@pytest.fixture
+def page(keeper, clips):
+    page = Page(keeper, clips, LIMITS)
+    page.parts = Parts()
+    return page
+
+
+def test_every_click_counts_against_the_idle_time(page):
+    """gradio counts from when a session was last handed back."""
+    session = Session()
+    session.show(Source.of_gallery("scene-0", LIMITS))
+    assert page.scrub(session, 3, 0, "kept tokens")["session"] is session
+    refused = page.point(session, 3, 0, "kept tokens", 0, 0)
+    assert refused["session"] is session and "Ask a question first" in refused["status"]
+    assert "deleted" in page.scrub(None, 3, 0, "kept tokens")["status"]
+
+
+def test_a_search_that_waits_is_stopped(page):
+    session, before = Session(), threading.Event()
+    session.show(Source.of_gallery("scene-0", LIMITS))
+    with page.line.stand(before):
+        search = page.find(1)(session, QUESTION, "flowcut")
+        assert "Waiting: 1 other run is before yours" in next(search)["found1"]
+        assert "Stopped" in page.stop(session)
+        assert "Stopped" in list(search)[-1]["found1"]
+    assert "Nothing is running" in page.stop(session)
 
 
 def test_what_comes_from_a_closed_tab_is_not_kept(tmp_path):

@@ -32,9 +32,9 @@ from vtprune.cli import running
 from vtprune.cli.demoing import Limits
 
 expect = playwright.expect
-expect.set_options(timeout=90_000)
 # cores are shared while tests run
-PATIENCE = 90_000
+PATIENCE = 300_000
+expect.set_options(timeout=PATIENCE)
 QUESTION = "What shape is the white object?"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 # what a screen reader would call a control
@@ -70,7 +70,7 @@ def talkative():
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=PATIENCE)
         yield browser
         browser.close()
 
