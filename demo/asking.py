@@ -34,6 +34,10 @@ class Column:
     pruner: str
     keep: int
 
+    @property
+    def title(self) -> str:
+        return "the unpruned model" if self.pruner == UNPRUNED else f"{self.pruner} with {self.keep} tokens"
+
 
 @dataclass
 class Answer:

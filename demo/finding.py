@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .asking import UNPRUNED, Column, ask
-from .guard import DemoError
 
 
 @dataclass
@@ -78,6 +77,10 @@ def smallest(keeper, prepare, pruner: str, tokens: int, stop: threading.Event, m
         yield search
         return
     search.target, search.total = reference.text, reference.figures()["visual_tokens"]
+    if not search.target:
+        search.error = "The unpruned model gave an empty answer; there is nothing to compare with."
+        yield search
+        return
     low, high, keep, reasons = 0, None, 1, []
     while True:
         answer = run(Column(pruner, keep))
@@ -106,9 +109,3 @@ def smallest(keeper, prepare, pruner: str, tokens: int, stop: threading.Event, m
         # not one run came through: the reason tells more than "none"
         search.error = reasons[-1]
     yield search
-
-
-def check_target(answer: str) -> None:
-    """Raise DemoError for an empty answer, which any budget could give."""
-    if not answer:
-        raise DemoError("The unpruned model gave an empty answer; there is nothing to compare with.")

@@ -11,12 +11,11 @@ from pathlib import Path
 from PIL import Image
 
 from vtprune.cli.console import UserError
+from vtprune.cli.demoing import Limits
 from vtprune.images import FORMATS, ImageNote, open_image
 from vtprune.pruner import VtpruneError
 from vtprune.registry import UnknownStrategyError
 from vtprune.video import Video, VideoNote, open_video
-
-from .limits import Limits
 
 CLIPS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ogv"}
 PREVIEW = 1024  # pixels of the long side of what overlays are drawn on, at most

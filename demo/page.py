@@ -9,26 +9,33 @@ from urllib.parse import urlencode
 
 import gradio as gr
 
+from vtprune.cli.demoing import Limits
+
 from . import depth, gallery, sharing, words
 from .asking import Column, ask
 from .finding import smallest
 from .guard import DemoError, check_question, say
-from .keeper import Keeper
-from .limits import Limits
+from .keeper import Keeper, Stopped
 from .session import Session, Source, columns_of
 from .showing import COLUMNS
 from .talking import Talking
 
 
 def spoken(method: Callable) -> Callable:
-    """Turn whatever goes wrong into the page's status line; nothing else of it reaches the browser."""
+    """Turn whatever goes wrong into the page's status line; nothing else of it reaches the browser.
+
+    A session that came in is handed back: gradio counts its idle time from there.
+    """
 
     @functools.wraps(method)
     def wrapped(self, *args):
+        same = {self.parts["session"]: args[0]} if args and isinstance(args[0], Session) else {}
         try:
-            return method(self, *args)
+            return {**same, **method(self, *args)}
+        except Stopped:
+            return {**same, self.parts["status"]: words.status("Stopped.")}
         except Exception as error:  # noqa: BLE001  (the last stop before gradio)
-            return {self.parts["status"]: words.status(say(error), "vt-bad")}
+            return {**same, self.parts["status"]: words.status(say(error), "vt-bad")}
 
     return wrapped
 
@@ -42,6 +49,8 @@ def spoken_steps(method: Callable) -> Callable:
             yield from method(self, *args)
         except GeneratorExit:
             raise
+        except Stopped:
+            yield {self.parts["status"]: words.status("Stopped.")}
         except Exception as error:  # noqa: BLE001  (the last stop before gradio)
             yield {self.parts["status"]: words.status(say(error), "vt-bad")}
 
@@ -170,9 +179,12 @@ class Page(Talking):
             session.forget()
             session.question = question
         keeper, status = self.keeper_of(source), self.parts["status"]
-        waiting = "" if keeper.ready else "The model is being loaded; the answers come as soon as it is there."
-        yield {status: words.status(waiting), self.parts["session"]: session}
-        with session.run() as stop:
+        yield {status: words.status(""), self.parts["session"]: session}
+        with session.run() as stop, self.line.stand(stop) as place:
+            for ahead in place.wait():
+                yield {status: words.waiting(ahead)}
+            if not keeper.ready:
+                yield {status: words.busy("The model is being loaded; the answers come as soon as it is there.")}
             keeper.get(stop=stop)
             fitting = self._fitted(session, source, asked)
             if fitting:
@@ -180,6 +192,7 @@ class Page(Talking):
                 yield {self.parts[f"keep{n}"]: gr.update(maximum=session.total, value=c.keep) for n, c in enumerate(asked)}
             prepare = source.prepare(question, self.limits)
             for n in which:
+                yield {status: words.busy(f"Asking {asked[n].title}.")}
                 session.answers[n] = None
                 for answer in ask(keeper, prepare, asked[n], self.limits.new_tokens, stop, self.made(source)):
                     session.answers[n] = answer
@@ -264,11 +277,16 @@ class Page(Talking):
         def found(self: Page, session, question, pruner) -> Iterator[dict]:
             part, source = self.parts[f"found{at}"], self.source(_alive(session))
             prepare = source.prepare(check_question(question, self.limits), self.limits)
-            keeper, tokens, search = self.keeper_of(source), self.limits.new_tokens, None
-            with session.run() as stop:
-                for step in smallest(keeper, prepare, pruner or "", tokens, stop, self.made(source)):
-                    search = step
-                    yield {part: words.status(search.in_words(), "vt-bad" if search.error else "")}
+            keeper, tokens = self.keeper_of(source), self.limits.new_tokens
+            try:
+                with session.run() as stop, self.line.stand(stop) as place:
+                    for ahead in place.wait():
+                        yield {part: words.waiting(ahead)}
+                    for search in smallest(keeper, prepare, pruner or "", tokens, stop, self.made(source)):
+                        yield {part: words.searching(search)}
+            except Stopped:
+                yield {part: words.status("Stopped.")}
+                return
             if search.best is not None:
                 yield {self.parts[f"keep{at}"]: search.best, self.parts["session"]: session}
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import sys
+
 import gradio as gr
 
+from vtprune.cli.demoing import Limits
+
 from .keeper import Keeper
-from .limits import Limits
 from .ui import HERE, build, warm
 
 
@@ -31,15 +36,18 @@ def start(
     Returns:
         gradio's Blocks and the local address.
     """
+    few_heaps()
     limits = limits or Limits()
     keeper = (keeper or Keeper(model, warm=warm, device=device, dtype=dtype)).start()
     demo = build(keeper, limits, autorun=keeper.embedded, made=made)
-    demo.queue(max_size=limits.queue, default_concurrency_limit=8)
+    # runs wait in the page's own line, each in a thread of its own; gradio's queue is for what takes no time
+    demo.queue(max_size=4 * limits.queue, default_concurrency_limit=8)
     _, address, _ = demo.launch(
         server_name=host,
         server_port=port,
         share=share,
         prevent_thread_lock=True,
+        max_threads=limits.queue + limits.concurrency + 16,
         show_error=False,
         quiet=True,
         max_file_size=f"{limits.megabytes:g}mb",
@@ -55,8 +63,22 @@ def start(
     )
     if block:
         print(f"vtprune demo: {address}", flush=True)
+        # ended by a service manager it cleans up as after Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         demo.block_thread()
     return demo, address
+
+
+def few_heaps() -> None:
+    """Have all threads share two of glibc's heaps.
+
+    Visitors are served by many threads. glibc would give them up to eight heaps per core, and each keeps what it once held.
+    Elsewhere than on glibc nothing is to be done.
+    """
+    # measured over 90 runs of 8 visitors: what is held though free grew from 37 to 115 MB with all, stayed at 45 MB with two
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option is not None:
+        set_option(-8, 2)  # M_ARENA_MAX of malloc.h
 
 
 def theme() -> gr.Theme:

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vtprune import embedded
+from vtprune.cli.demoing import Limits
 
 from .asking import UNPRUNED, Answer, Column
 from .guard import PREVIEW, DemoError, is_clip, read_clip, read_picture
-from .limits import Limits
+from .keeper import Stopped
 
 if TYPE_CHECKING:
     from vtprune.cli.running import Loaded
@@ -101,12 +103,20 @@ class Session:
         self.total = 576
         self.marked: int | None = None
         self.chat: Chat | None = None
+        self.closed = False
         self._runs: set[threading.Event] = set()
         self._folder: Path | None = None
+        self._guard = threading.Lock()
 
     @contextmanager
     def run(self) -> Iterator[threading.Event]:
-        """The event that stops a run, while it lasts."""
+        """The event that stops a run, while it lasts.
+
+        Raises:
+            Stopped: if the tab is closed already.
+        """
+        if self.closed:
+            raise Stopped
         stop = threading.Event()
         self._runs.add(stop)
         try:
@@ -124,10 +134,19 @@ class Session:
         return len(running)
 
     def folder(self) -> Path:
-        """A folder of this session's own."""
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="vtprune-demo-"))
-        return self._folder
+        """A folder of this session's own.
+
+        Raises:
+            Stopped: if the tab is closed: what comes late from it is not kept.
+        """
+        with self._guard:
+            if self.closed:
+                raise Stopped
+            if self._folder is None:
+                self._folder = Path(tempfile.mkdtemp(prefix="vtprune-demo-"))
+                # also where gradio drops the session without a word, and when the server ends
+                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            return self._folder
 
     def take(self, upload: str | Path) -> Path:
         """Move an uploaded file out of the shared cache into this session's folder.
@@ -163,12 +182,14 @@ class Session:
 
     def close(self) -> None:
         """Stop what runs, delete every file, drop every tensor."""
+        with self._guard:
+            self.closed = True
+            folder, self._folder = self._folder, None
         self.stop()
         self.source, self.chat, self.question = None, None, ""
         self.forget()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def columns_of(pruners: list[str], keeps: list[float], count: int) -> list[Column]:

@@ -12,11 +12,11 @@ from urllib.parse import parse_qs, urlencode
 from PIL import Image
 
 from vtprune import embedded
+from vtprune.cli.demoing import Limits
 from vtprune.viz import Entry, contact_sheet, final_picture
 from vtprune.viz_timeline import timeline
 
 from .asking import UNPRUNED, Answer, Column
-from .limits import Limits
 from .session import Session, Source
 
 # what the page starts with, on a picture of 576 visual tokens and on a clip of 1152
@@ -177,7 +177,7 @@ def card(session: Session, fit: str) -> Image.Image:
         picture = session.source.preview
         if session.source.clip:
             picture = timeline(sample, session.source.frames, fit=fit, columns=4, bare=True)
-        elif sample.grids[0] is not None:
+        elif sample.views_of(0):
             picture = final_picture(sample, picture, fit)
         entries.append(Entry(title, caption, f"\u201c{answer.text}\u201d", picture))
     return contact_sheet(entries, session.question)

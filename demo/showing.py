@@ -7,11 +7,13 @@ from typing import Any
 
 import gradio as gr
 
+from vtprune.cli.demoing import Limits
+
 from . import depth, gallery, sharing, words
 from .asking import Column, make
 from .guard import DemoError
 from .keeper import Keeper
-from .limits import Limits
+from .line import Line
 from .patch import story
 from .session import Session, Source
 from .watching import ATTENTION
@@ -30,6 +32,7 @@ class Showing:
 
     def __init__(self, keeper: Keeper, clips: Keeper, limits: Limits, made=None):
         self.keeper, self.clips, self.limits, self._made = keeper, clips, limits, made
+        self.line = Line(limits.concurrency, limits.queue)
         self.parts: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ the model and its shape
@@ -120,13 +123,16 @@ class Showing:
             drawn = depth.strip(sample, source.frames, place, fit)
             alt = f"{count}, over {len(source.frames)} frames; bars above each frame show its score and its tokens"
             return {image: gr.update(value=drawn, alt_text=alt), line: words.caption(count)}
-        if sample.grids[0] is None:
+        if not sample.views_of(0):
             plain = gr.update(value=source.preview, alt_text="The picture; its tokens form no grid to draw")
             return {image: plain, line: words.caption(f"{count}. They form no grid, so none is drawn.")}
-        visited = depth.visit(answer.seen, place, ATTENTION) if view == HEAT else None
+        one = sample.grids[0] is not None
+        visited = depth.visit(answer.seen, place, ATTENTION) if view == HEAT and one else None
         if visited is None:
             drawn = depth.draw(sample, source.preview, place, fit, session.marked)
-            text = f"{count}. This strategy reads no attention." if view == HEAT else count
+            text = count if one else f"{count}, those of the tiles drawn"
+            if view == HEAT:
+                text += ". This strategy reads no attention." if one else ". Attention is drawn on one grid alone."
         else:
             drawn = depth.heat(sample, visited, ATTENTION, source.preview, fit, session.marked)
             text = f"Attention that the strategy saw {visited.where}; grey had left."

@@ -11,6 +11,7 @@ from . import words
 from .asking import Column
 from .chatting import Chat, Turn
 from .guard import DemoError, check_question, read_picture, say
+from .keeper import Stopped
 from .session import Session, Source
 from .showing import Showing
 
@@ -32,18 +33,22 @@ class Talking(Showing):
             if session.chat is None or not session.chat.turns:
                 session.chat = Chat(column)
                 images = images or [self._whole(self.source(session))]
-            chat, turn = session.chat, None
+            chat = session.chat
             yield {self.parts["chat_text"]: "", self.parts["chat_file"]: None, self.parts["chat_example"]: ""}
-            with session.run() as stop:
+            with session.run() as stop, self.line.stand(stop) as place:
+                for ahead in place.wait():
+                    yield {news: words.waiting(ahead)}
                 for step in chat.ask(self.keeper, question, images, self.limits.new_tokens, stop, self.limits.turns):
                     turn = step
-                    yield {log: _log(chat), news: words.status("")}
+                    yield {log: _log(chat), news: words.busy("The model is answering.")}
             if turn.error:
                 yield {self.parts["chat_text"]: text, log: _log(chat), news: words.status(turn.error, "vt-bad")}
             else:
-                yield {news: words.status(_news(turn)), self.parts["session"]: session}
+                yield {log: _log(chat), news: words.status(_news(turn)), self.parts["session"]: session}
         except GeneratorExit:
             raise
+        except Stopped:
+            yield {self.parts["chat_text"]: text, news: words.status("Stopped.")}
         except Exception as error:  # noqa: BLE001  (said where the visitor looks)
             yield {news: words.status(say(error), "vt-bad")}
 

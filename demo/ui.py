@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from vtprune.cli.demoing import Limits
 from vtprune.registry import available
 
 from . import gallery, sharing
 from .asking import UNPRUNED
 from .keeper import Keeper
-from .limits import Limits
 from .page import Page
 from .session import Session, Source
 from .showing import COLUMNS, HEAT, KEPT
@@ -23,7 +24,8 @@ TITLE = "vtprune: see what pruning keeps"
 ADDRESS = "(query) => { if (query) history.replaceState(null, '', '?' + query + location.hash); }"
 LEGEND = (
     "<p class='vt-legend'><span><i style='border-color:#56b4e9'></i>kept</span><span><i style='border-color:#e69f00'>"
-    "</i>merged group</span><span><i style='border-color:#777;background:#333'></i>dropped</span></p>"
+    "</i>merged group</span><span><i style='border-color:#777;background:#333'></i>dropped</span>"
+    "<span>bars over a clip's frames: score (if any) and tokens</span></p>"
 )
 MEASURED = """
 Every column runs the whole model, one column after the other. Shares are of an unpruned run of the same input; times are
@@ -109,6 +111,18 @@ def _text(text: str) -> str:
 def _close(session: Session | None) -> None:
     if session is not None:
         session.close()
+
+
+def _leaving(demo: gr.Blocks, page: Page) -> Callable:
+    """What is done when a tab is closed."""
+
+    def leave(request: gr.Request) -> None:
+        page.leave(request)
+        # gradio keeps a copy of the whole page for each of the last `state_session_capacity` tabs, closed ones, too
+        demo.state_holder.session_data.pop(request.session_hash, None)
+        demo.state_holder.time_last_used.pop(request.session_hash, None)
+
+    return leave
 
 
 def _question(parts: dict[str, Any], limits: Limits) -> None:
@@ -228,62 +242,55 @@ def _wire(demo: gr.Blocks, page: Page, limits: Limits, autorun: bool) -> None:
     told = [parts[name] for name in ("status", "session", "snippet", "command", "address", "story")]
     news, drawn = each("image", "caption", "answer", "figures", "keep"), each("image", "caption")
     shown = [parts[name] for name in ("session", "count", "stage", "view")]
-    queued = {
-        "concurrency_id": "model",
-        "concurrency_limit": limits.concurrency,
-        "api_visibility": "undocumented",
-        "show_progress_on": parts["status"],
-    }
+    looked = [parts[name] for name in ("session", "status", "place", "story")]
+    # whose turn it is is the line's business, which can be left and says how long it is
+    queued = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "undocumented"}
     quick = {"show_progress": "hidden", "concurrency_limit": 8, "api_visibility": "undocumented"}
-    running = []
 
     fields = [parts[name] for name in ("session", "question", "count", "stage", "place", "preview", "examples", "status")]
     opened = demo.load(page.open, None, [*fields, *each("pruner", "keep", "column")], api_name="open", **quick)
-    demo.unload(page.leave)
+    demo.unload(_leaving(demo, page))
     ask = {"fn": page.ask_all, "inputs": asked, "outputs": [*told, *news], **queued}
     if autorun:
-        running.append(opened.then(**ask, api_name="ask_first"))
+        opened.then(**ask, api_name="ask_first")
     parts["timer"].tick(page.progress, None, [parts["loading"], parts["timer"], parts["stage"]], **quick, api_name="progress")
 
-    chosen = [parts[name] for name in ("question", "preview", "examples", "status")]
+    chosen = [parts[name] for name in ("session", "question", "preview", "examples", "status")]
     chosen += each("image", "caption", "answer", "figures", "found", "pruner", "keep")
     picked = parts["gallery"].select(page.choose, parts["session"], chosen, **quick, api_name="choose")
-    running.append(picked.then(**ask, api_name="ask_example"))
+    picked.then(**ask, api_name="ask_example")
     typed = parts["examples"].input(page.choose_question, parts["examples"], parts["question"], **quick, api_name="question")
-    running.append(typed.then(**ask, api_name="ask_question"))
+    typed.then(**ask, api_name="ask_question")
     parts["upload"].upload(
         page.upload, [parts["session"], parts["upload"]], [*chosen, parts["upload"]], **quick, api_name="upload"
     )
-    running.append(parts["ask"].click(**ask, api_name="ask"))
-    running.append(parts["question"].submit(**ask, api_name="ask_enter"))
+    parts["ask"].click(**ask, api_name="ask")
+    parts["question"].submit(**ask, api_name="ask_enter")
     for n in range(COLUMNS):
         again = {"fn": page.ask_one(n), "inputs": asked, "outputs": [*told, *news], **queued}
-        running.append(parts[f"pruner{n}"].input(**again, trigger_mode="always_last", api_name=f"strategy{n}"))
-        running.append(parts[f"keep{n}"].input(**again, trigger_mode="always_last", api_name=f"budget{n}"))
+        parts[f"pruner{n}"].input(**again, trigger_mode="always_last", api_name=f"strategy{n}")
+        parts[f"keep{n}"].input(**again, trigger_mode="always_last", api_name=f"budget{n}")
         found = parts[f"find{n}"].click(
             page.find(n), [parts["session"], parts["question"], parts[f"pruner{n}"]],
             [parts["status"], parts["session"], parts[f"found{n}"], parts[f"keep{n}"]],
-            **{**queued, "show_progress_on": parts[f"found{n}"]}, api_name=f"find{n}",
+            **queued, api_name=f"find{n}",
         )  # fmt: skip
-        running += [found, found.then(**again, api_name=f"found{n}")]
-        parts[f"image{n}"].select(
-            page.mark(n), shown, [parts["status"], parts["place"], parts["story"], *drawn], **quick, api_name=f"mark{n}"
-        )
+        found.then(**again, api_name=f"found{n}")
+        parts[f"image{n}"].select(page.mark(n), shown, [*looked, *drawn], **quick, api_name=f"mark{n}")
 
-    scrubbed = {"fn": page.scrub, "inputs": shown, "outputs": [parts["status"], parts["place"], *drawn], **quick}
+    scrubbed = {"fn": page.scrub, "inputs": shown, "outputs": [*looked[:3], *drawn], **quick}
     parts["stage"].change(**scrubbed, trigger_mode="always_last", api_name="scrub")
     parts["view"].input(**scrubbed, api_name="view")
     parts["count"].input(page.count, parts["count"], each("column"), **quick, api_name="count")
     parts["look"].click(
-        page.point, [*shown, parts["row"], parts["col"]], [parts["status"], parts["place"], parts["story"], *drawn], **quick,
+        page.point, [*shown, parts["row"], parts["col"]], [*looked, *drawn], **quick,
         api_name="point",
     )  # fmt: skip
 
     told = [parts[f"chat_{name}"] for name in ("log", "text", "file", "example", "status")]
     said = [parts["session"], *(parts[f"chat_{name}"] for name in ("text", "pruner", "keep", "example", "file"))]
-    talk = {**queued, "show_progress_on": parts["chat_status"]}
     for event, name in ((parts["chat_send"].click, "chat"), (parts["chat_text"].submit, "chat_enter")):
-        running.append(event(page.chat, said, [*told, parts["session"], parts["status"]], **talk, api_name=name))
+        event(page.chat, said, [*told, parts["session"], parts["status"]], **queued, api_name=name)
     parts["chat_new"].click(
         page.chat_anew,
         parts["session"],
@@ -291,6 +298,6 @@ def _wire(demo: gr.Blocks, page: Page, limits: Limits, autorun: bool) -> None:
         **quick,
         api_name="chat_new",
     )
-    parts["save"].click(page.files, parts["session"], [parts["files"], parts["status"]], **quick, api_name="files")
+    parts["save"].click(page.files, parts["session"], [*looked[:2], parts["files"]], **quick, api_name="files")
     parts["address"].change(None, parts["address"], None, js=ADDRESS)
     parts["stop"].click(page.stop, parts["session"], parts["status"], queue=False, api_name="stop")

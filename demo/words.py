@@ -8,6 +8,7 @@ from vtprune.reporting import SampleReport, describe_trail
 
 from .asking import Answer
 from .depth import Place, left
+from .finding import Search
 from .patch import Story
 from .watching import ATTENTION
 
@@ -69,6 +70,25 @@ def error(text: str) -> str:
 def status(text: str, kind: str = "") -> str:
     """The page's one line of news, read out by screen readers."""
     return f"<p class='vt-status {escape(kind)}' role='status' aria-live='polite'>{escape(text)}</p>"
+
+
+def busy(text: str) -> str:
+    """News of something that goes on."""
+    return (
+        f"<div class='vt-status' role='status' aria-live='polite'>{escape(text)}<progress aria-hidden='true'></progress></div>"
+    )
+
+
+def waiting(ahead: int) -> str:
+    """A run's place in the line."""
+    return busy(f"Waiting: {ahead} other run{' is' if ahead == 1 else 's are'} before yours.")
+
+
+def searching(search: Search) -> str:
+    """How far the search for a budget is, or what it found."""
+    if search.error:
+        return status(search.error, "vt-bad")
+    return (status if search.done or search.stopped else busy)(search.in_words())
 
 
 def loading(share: float, doing: str, failed: str = "") -> str:

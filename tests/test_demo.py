@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import gc
+import inspect
 import io
 import json
 import shlex
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,13 +26,17 @@ from demo.asking import Answer, Column, ask, make
 from demo.chatting import Chat
 from demo.finding import smallest
 from demo.guard import DemoError, check_question, read_picture, say
-from demo.keeper import Keeper
-from demo.limits import Limits
+from demo.keeper import Keeper, Stopped
+from demo.line import Line
+from demo.page import Page
 from demo.patch import story
 from demo.session import Session, Source
 from vtprune import embedded
-from vtprune.cli import app, running
+from vtprune.cli import app, demoing, running
+from vtprune.cli.demoing import Limits
 from vtprune.images import open_image
+from vtprune.places import View
+from vtprune.reporting import SampleReport
 
 LIMITS = Limits()
 QUESTION = "What shape is the white object?"
@@ -177,6 +184,19 @@ def test_overlays_are_bright_where_tokens_are(keeper):
     kept[depth.left(sample, places[16])] = True
     cells = np.abs(after - whole).reshape(24, 14, 24, 14, 3)[:, 4:10, :, 4:10].mean((1, 3, 4)).ravel()
     assert cells[kept].max() < 3 < cells[~kept].mean()
+
+
+def test_a_tiled_picture_is_drawn_tile_by_tile():
+    """LLaVA-NeXT's way: the whole picture small, then two tiles; the tiles are drawn as one grid."""
+    views = (View(4, 4), View(4, 4, 0, 2), View(4, 4, 1, 2))
+    left = torch.tensor([3, 16, 47])  # in the small picture, the first tile's first patch, the second tile's last
+    sample = SampleReport(48, left, [left, left], {}, images=[48], grids=[None], views=[views])
+    picture = Image.new("RGB", (640, 320), (200, 120, 40))
+    drawn = np.asarray(depth.draw(sample, picture, depth.places(2, 2)[-1], "stretch")).astype(int)
+    cell = drawn.shape[0] // 4
+    middles = drawn[cell // 2 :: cell, cell // 2 :: cell]
+    bright = np.abs(middles - (200, 120, 40)).sum(-1) < 12
+    assert middles.shape[:2] == (4, 8) and np.argwhere(bright).tolist() == [[0, 0], [3, 7]]
 
 
 def test_a_patch_has_a_score_a_rank_and_a_fate(keeper):
@@ -365,11 +385,22 @@ def test_bad_files_are_refused_without_their_place(tmp_path, name, data, said):
     assert str(tmp_path) not in str(error.value) and name in str(error.value)
 
 
+def clip_without_frames():
+    """A whole MP4 of zero length."""
+    av, stream = pytest.importorskip("av"), io.BytesIO()
+    with av.open(stream, "w", format="mp4") as box:
+        track = box.add_stream("mpeg4", rate=5)
+        track.width, track.height, track.pix_fmt = 64, 64, "yuv420p"
+        box.start_encoding()
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "limits", "said"),
     [
         ("none.mp4", lambda: b"", {}, "empty"),
         ("words.mp4", lambda: b"just words" * 50, {}, "words.mp4"),
+        ("still.mp4", clip_without_frames, {}, "has no video stream"),
         ("cut.mp4", lambda: embedded.clips()["needle"].read_bytes()[:600], {}, "cut.mp4"),
         ("long.mp4", embedded.clips()["needle"].read_bytes, {"seconds": 5}, "lasts 16 s; at most 5"),
         ("wide.mp4", embedded.clips()["needle"].read_bytes, {"megapixels": 0.01}, "megapixels"),
@@ -466,6 +497,98 @@ def test_sessions_at_once_do_not_mix(keeper):
         assert [a.text for a in found[name]] == [word] * 3
         assert [len(a.report.samples[0].kept) for a in found[name]] == [120, 160, 200]
         assert all(a.settings["name"] == pruner for a in found[name])
+
+
+def test_a_line_is_first_come_first_served():
+    line, stops = Line(1, 2), [threading.Event() for _ in range(3)]
+    with line.stand(stops[0]) as first, line.stand(stops[1]) as second, line.stand(stops[2]) as third:
+        assert list(first.wait()) == []
+        assert next(second.wait()) == 1 and next(third.wait()) == 2
+        with pytest.raises(DemoError, match="2 others wait already"), line.stand(threading.Event()):
+            pass
+        stops[1].set()
+        with pytest.raises(Stopped):
+            list(second.wait())
+    # a run that raises lets the next one in
+    entered, go, seen = threading.Event(), threading.Event(), []
+
+    def fail():
+        with pytest.raises(RuntimeError), line.stand(threading.Event()):
+            entered.set()
+            go.wait(20)
+            raise RuntimeError
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    assert entered.wait(20)
+    with line.stand(threading.Event()) as place:
+        for ahead in place.wait():
+            seen.append(ahead)
+            go.set()
+    thread.join()
+    assert seen == [1]
+
+
+class Parts(dict):
+    """Stands for the page's components: each is its own name."""
+
+    def __missing__(self, name):
+        return name
+
+
+@pytest.fixture
+def page(keeper, clips):
+    page = Page(keeper, clips, LIMITS)
+    page.parts = Parts()
+    return page
+
+
+def test_every_click_counts_against_the_idle_time(page):
+    """gradio counts from when a session was last handed back."""
+    session = Session()
+    session.show(Source.of_gallery("scene-0", LIMITS))
+    assert page.scrub(session, 3, 0, "kept tokens")["session"] is session
+    refused = page.point(session, 3, 0, "kept tokens", 0, 0)
+    assert refused["session"] is session and "Ask a question first" in refused["status"]
+    assert "deleted" in page.scrub(None, 3, 0, "kept tokens")["status"]
+
+
+def test_a_search_that_waits_is_stopped(page):
+    session, before = Session(), threading.Event()
+    session.show(Source.of_gallery("scene-0", LIMITS))
+    with page.line.stand(before):
+        search = page.find(1)(session, QUESTION, "flowcut")
+        assert "Waiting: 1 other run is before yours" in next(search)["found1"]
+        assert "Stopped" in page.stop(session)
+        assert "Stopped" in list(search)[-1]["found1"]
+    assert "Nothing is running" in page.stop(session)
+
+
+def test_what_comes_from_a_closed_tab_is_not_kept(tmp_path):
+    cache = tmp_path / "late.png"
+    Image.new("RGB", (30, 30)).save(cache)
+    session = Session()
+    session.close()
+    with pytest.raises(Stopped):
+        session.take(cache)
+    with pytest.raises(Stopped), session.run():
+        pass
+    # and a session that is dropped without a word takes its folder along
+    session = Session()
+    folder = session.folder()
+    del session
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_every_limit_is_a_flag():
+    said = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "200"})
+    flags = [p for p in inspect.signature(demoing.demo).parameters if p in {f.name for f in fields(Limits)}]
+    assert flags == [f.name for f in fields(Limits)] and len(flags) >= 10
+    for flag in ("--max-megapixels", "--max-seconds", "--concurrency", "--idle-minutes"):
+        assert flag in said.stdout
+    bad = CliRunner().invoke(app, ["demo", "--max-frames", "0"])
+    assert bad.exit_code == 2
 
 
 def test_a_closed_session_leaves_nothing(tmp_path):

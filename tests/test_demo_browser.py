@@ -6,6 +6,8 @@ import io
 import re
 import shutil
 import struct
+import tempfile
+import threading
 import time
 import zlib
 from contextlib import contextmanager
@@ -24,17 +26,22 @@ from PIL import Image
 import vtprune
 from demo.asking import make
 from demo.keeper import Keeper
-from demo.limits import Limits
 from demo.serving import start
 from vtprune import embedded
 from vtprune.cli import running
+from vtprune.cli.demoing import Limits
 
 expect = playwright.expect
-expect.set_options(timeout=90_000)
 # cores are shared while tests run
-PATIENCE = 90_000
+PATIENCE = 300_000
+expect.set_options(timeout=PATIENCE)
 QUESTION = "What shape is the white object?"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+# what a screen reader would call a control
+NAMED = (
+    "e => e.ariaLabel || e.labels?.length || e.innerText.trim() || e.title || e.placeholder || "
+    "e.querySelector('img')?.alt || e.type == 'file'"
+)
 SECRET = "/root/secret/weights.bin"
 
 
@@ -63,18 +70,23 @@ def talkative():
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=PATIENCE)
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="module")
-def server():
+def blocks():
     keeper = Keeper()
-    demo, address = start(limits=Limits(megapixels=20, megabytes=5), block=False, keeper=keeper, made=made)
+    demo, _ = start(limits=Limits(megapixels=20, megabytes=5), block=False, keeper=keeper, made=made)
     keeper.get()
-    yield address
+    yield demo
     demo.close()
+
+
+@pytest.fixture(scope="module")
+def server(blocks):
+    return blocks.local_url
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +185,24 @@ def gif():
     frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue", "green")]
     frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:])
     return stream.getvalue()
+
+
+def clip_without_frames():
+    """A whole MP4 of zero length."""
+    av, stream = pytest.importorskip("av"), io.BytesIO()
+    with av.open(stream, "w", format="mp4") as box:
+        track = box.add_stream("mpeg4", rate=5)
+        track.width, track.height, track.pix_fmt = 64, 64, "yuv420p"
+        box.start_encoding()
+    return stream.getvalue()
+
+
+def until(held, what):
+    """Wait for something that no page shows."""
+    end = time.monotonic() + PATIENCE / 1000
+    while not held():
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
 
 
 def test_the_start_page_answers_by_itself(page):
@@ -303,6 +333,7 @@ def test_card_and_report_are_offered(page):
         ("moving.gif", gif, "has 3 frames; the first is used"),
         ("nothing.mp4", lambda: b"", "empty"),
         ("words.mp4", lambda: b"these are only words" * 20, "words.mp4"),
+        ("still.mp4", clip_without_frames, "has no video stream"),
     ],
 )
 def test_bad_pictures_are_refused_in_words(page, name, data, news):
@@ -374,17 +405,93 @@ def test_a_run_is_stopped_in_the_middle(browser, slow_server):
     with tab(browser, slow_server) as page:
         expect(answer(page, 0)).to_have_value(re.compile(r"\w+ \w+ \w+"), timeout=PATIENCE)
         page.locator("#stop").click()
-        done(page, "Stopped")
-        time.sleep(1)
+        done(page, "Stopped.")
+        # figures come when a run is over
+        expect(page.locator("#figures0")).to_contain_text("576 of 576")
         so_far = answer(page, 0).input_value()
-        assert answer(page, 2).input_value() == ""
-        time.sleep(1)
-        assert answer(page, 0).input_value() == so_far and len(so_far.split()) < 400
+        assert 3 <= len(so_far.split()) < 400
+        # no later column was asked
+        assert answer(page, 1).input_value() == answer(page, 2).input_value() == ""
         # and the page goes on to serve
         page.locator("#ask").click()
         expect(answer(page, 0)).not_to_have_value(so_far, timeout=PATIENCE)
         page.locator("#stop").click()
-        done(page, "Stopped")
+        done(page, "Stopped.")
+
+
+def test_a_run_that_waits_says_so_and_is_stopped(browser, slow_server):
+    """The second tab's question leaves the line; the first tab's answer goes on."""
+    with tab(browser, slow_server) as one, tab(browser, slow_server) as two:
+        expect(answer(one, 0)).to_have_value(re.compile(r"\w+ \w+ \w+"), timeout=PATIENCE)
+        done(two, "Waiting: 1 other run is before yours")
+        two.locator("#stop").click()
+        done(two, "Stopped.")
+        so_far = answer(one, 0).input_value()
+        expect(answer(one, 0)).not_to_have_value(so_far)
+        assert answer(two, 0).input_value() == ""
+        # a chat waits in the same line
+        two.get_by_role("tab", name="Chat over the pruned cache").click()
+        two.locator("#chat_text textarea").fill(QUESTION)
+        two.locator("#chat_send").click()
+        expect(two.locator("#chat_status")).to_contain_text("Waiting: 1 other run")
+        two.locator("#stop").click()
+        expect(two.locator("#chat_status")).to_contain_text("Stopped.")
+        expect(two.locator("#chat_text textarea")).to_have_value(QUESTION)
+        one.locator("#stop").click()
+        done(one, "Stopped.")
+        two.locator("#ask").click()
+        expect(answer(two, 0)).to_have_value(re.compile(r"\w+ \w+ \w+"), timeout=PATIENCE)
+        two.locator("#stop").click()
+        done(two, "Stopped.")
+
+
+def test_the_model_loads_behind_a_progress_bar(browser):
+    there = threading.Event()
+    keeper = Keeper(load=lambda: there.wait(PATIENCE) and running.load(None, "cpu", "auto", "sdpa", False))
+    demo, address = start(block=False, keeper=keeper)
+    try:
+        with tab(browser, address) as page:
+            expect(page.locator("#loading progress")).to_have_attribute("max", "100")
+            expect(page.locator("#loading")).to_contain_text("Loading the model")
+            done(page, "The model is being loaded")
+            there.set()
+            says(page, 0, "triangle")
+            expect(page.locator("#loading progress")).to_have_count(0)
+    finally:
+        there.set()
+        demo.close()
+
+
+def test_a_closed_tab_leaves_nothing(browser, blocks):
+    """Neither its upload nor gradio's copy of its page."""
+    held = blocks.state_holder.session_data
+    until(lambda: not held, "tabs of other tests are still there")
+    with tab(browser, blocks.local_url) as page:
+        done(page)
+        upload(page, "secret4711.png", png())
+        done(page, "secret4711.png is ready")
+        assert len(held) == 1 and uploads("secret4711.png")
+    until(lambda: not held and not uploads("secret4711.png"), "the upload of a closed tab is still there")
+
+
+def uploads(name):
+    """Where files of this name lie in sessions' folders."""
+    return list(Path(tempfile.gettempdir()).glob(f"vtprune-demo-*/*/{name}"))
+
+
+def test_the_keyboard_is_enough(page):
+    """Everything has a name; Tab reaches the question, Enter asks, arrows move the slider."""
+    question = page.locator("#question textarea")
+    question.focus()
+    question.fill("What word is written in the picture?")
+    page.keyboard.press("Enter")
+    says(page, 0, "open")
+    page.locator("#stage input[type=range]").focus()
+    before = page.locator("#place textarea, #place input").input_value()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#place textarea, #place input")).not_to_have_value(before)
+    for control in page.locator("button:visible, input:visible, textarea:visible").all():
+        assert control.evaluate(NAMED), control.evaluate("e => e.outerHTML.slice(0, 300)")
 
 
 def test_a_phone_has_room_for_all(browser, server):
