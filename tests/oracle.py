@@ -213,7 +213,7 @@ def _features_of(model, turns: list[Turn]):
 
 def _removing_hooks(model, alive, origin, moves, injected):
     """Each layer runs on the tokens that are left; what the last one made goes back to the full length."""
-    decoder = model.model.language_model
+    decoder = locate(model).decoder
     length = alive.shape[1]
     flowing = torch.arange(length)
 
@@ -249,7 +249,7 @@ def _removing_hooks(model, alive, origin, moves, injected):
 @contextmanager
 def _features_follow(model, origin):
     """What the decoder adds to visual tokens after its first layers goes along with tokens that were moved."""
-    decoder, name = model.model.language_model, locate(model).family.injects
+    decoder, name = locate(model).decoder, locate(model).family.injects
     if not name:
         yield
         return
