@@ -774,7 +774,8 @@ class Pass:
         with self.clock.span("selection"):
             if self.items and self.cache is not None:
                 for layer, (stream, held) in enumerate(zip(self.streams, self.held, strict=True)):
-                    self.cut_off[layer] = held.past + stream.index.shape[1] - held_keys(self.cache.layers[layer])
+                    if self.plan.site.attends[layer]:  # a state holds no token of its own
+                        self.cut_off[layer] = held.past + stream.index.shape[1] - held_keys(self.cache.layers[layer])
                 for layer in sorted(self.plan.decode):
                     self._evict(layer)
                 if self.stream.pruned or self.evicted:
