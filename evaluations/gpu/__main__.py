@@ -14,6 +14,7 @@ import gc
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -205,6 +206,7 @@ def bench(
             )
         print("  ", line, flush=True)
     return {
+        "command": shlex.join(["python", "-m", "evaluations.gpu", *sys.argv[1:]]),
         "setting": said,
         "launch_floor": asdict(floor),
         "reasons": reasons(rows, weight_bytes(model), floor),
