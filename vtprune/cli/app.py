@@ -333,14 +333,23 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Draw speed-up against budget with both bounds; .png or .svg.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table into this page, between the marks.")] = None,
     mark: Annotated[str, typer.Option(help="Of the page: <!-- MARK:begin --> and <!-- MARK:end -->.")] = "bench",
-    from_: Annotated[Path | None, typer.Option("--from", help="Run nothing: show, draw or write a file of --json.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Of that table, comma-separated. Default: all.")] = None,
+    from_: Annotated[
+        list[Path] | None, typer.Option("--from", help="Run nothing: show, draw or write files of --json. Repeatable.")
+    ] = None,
 ) -> None:
     """Time strategies on a model with random weights: encoder, prefill, selection, memory, cache, decode."""
     if ctx.invoked_subcommand is not None:
         return
     with mistakes():
-        if from_ is not None:
-            benching.show(benching.read(from_), plot=plot, markdown=markdown, mark=mark, raw=from_)
+        if from_:
+            found = [(benching.read(path), path) for path in from_]
+            if plot is not None and len(found) > 1:
+                raise UserError("--plot draws one file of --json; give one --from.")
+            for data, _ in found:
+                benching.show(data, plot)
+            if markdown is not None:
+                benching.write(markdown, mark, found, columns)
             return
         from vtprune import embedded
 
@@ -368,8 +377,9 @@ def bench(
             print_json(data)
         elif json_file is not None:
             write_whole(Path(json_file), lambda p: p.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))
-        raw = None if json_file in (None, "-") else Path(json_file)
-        benching.show(data, plot=plot, markdown=markdown, mark=mark, raw=raw, quiet=json_file == "-")
+        benching.show(data, plot, quiet=json_file == "-")
+        if markdown is not None:
+            benching.write(markdown, mark, [(data, None if json_file in (None, "-") else Path(json_file))], columns)
         if cases and all(row["error"] for row in data["rows"] if row["label"] != "unpruned"):
             raise fail("no strategy could run; see the reasons above.")
 

@@ -88,20 +88,13 @@ def read(path: Path) -> dict[str, Any]:
     return data
 
 
-def show(
-    data: dict[str, Any],
-    plot: Path | None = None,
-    markdown: Path | None = None,
-    mark: str = "bench",
-    raw: Path | None = None,
-    quiet: bool = False,
-) -> None:
-    """Print what was measured; draw it and write it into a page if asked to.
+def show(data: dict[str, Any], plot: Path | None = None, quiet: bool = False) -> None:
+    """Print what was measured; draw it if asked to.
 
     Parameters:
-        raw: the JSON's own file, for the page to link to; quiet: print nothing.
+        quiet: print nothing.
     Raises:
-        UserError: if a file cannot be written.
+        UserError: if the picture cannot be drawn or written.
     """
     from vtprune.measure import pages
 
@@ -129,6 +122,26 @@ def show(
             raise UserError("--plot needs matplotlib: pip install 'vtprune[bench]'.") from error
         except ValueError as error:
             raise UserError(f"--plot {plot.name}: {error}") from error
-    if markdown is not None:
-        link = None if raw is None else Path(os.path.relpath(raw, markdown.parent)).as_posix()
-        put_between(markdown, mark, pages.table(data, link))
+
+
+def write(page: Path, mark: str, found: Sequence[tuple[dict[str, Any], Path | None]], columns: str | None) -> None:
+    """Put the tables of several benchmarks into a page, one after the other, between its marks.
+
+    Parameters:
+        found: what was measured, and the file that it is in, for the page to link to.
+        columns: headings to show, comma-separated; None for all.
+    Raises:
+        UserError: for an unknown heading, or a page that cannot be written.
+    """
+    from vtprune.measure import pages
+
+    only = None if columns is None else [name.strip() for name in columns.split(",")]
+    known = [heading for heading, _ in pages.COLUMNS]
+    unknown = [name for name in only or () if name not in known]
+    if unknown:
+        raise UserError(f"--columns {', '.join(unknown)}: there are {', '.join(known)}.")
+    tables = []
+    for data, raw in found:
+        link = None if raw is None else Path(os.path.relpath(raw, page.parent)).as_posix()
+        tables.append(pages.table(data, link, only))
+    put_between(page, mark, "\n\n".join(tables))

@@ -111,13 +111,13 @@ def described(setting: Mapping[str, Any]) -> str:
     )
 
 
-def table(data: Mapping[str, Any], raw: str | None = None) -> str:
+def table(data: Mapping[str, Any], raw: str | None = None, only: Sequence[str] | None = None) -> str:
     """Markdown: the table, how it was measured, what holds it back.
 
     Parameters:
-        raw: address of the JSON, to link to.
+        raw: address of the JSON, to link to; only: the columns to show, None for all.
     """
-    headings, cells = grid(data["rows"])
+    headings, cells = grid(data["rows"], only)
     first = 2 if headings[0] == "batch" else 1
     # in: visual tokens that enter the decoder; equiv.: mean over its layers
     lines = [
