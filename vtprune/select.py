@@ -102,8 +102,9 @@ def spread(tokens: int, k: int, device: torch.device | None = None) -> Tensor:
 # Greedy selections. Each pick follows from all before it, so one near-tie that falls the other way changes the rest of the set.
 # Kernels sum in an order of their own (it differs with the batch, the thread count, even the row), hence fp64, compared
 # on a grid far coarser than its error and far finer than any difference that matters: what is equal on paper ties.
-# On a GPU that is fast in fp64, all cosines are computed at once and `greedy.py` picks from the table; elsewhere a pick reads
-# the N rows once, and no N x N table is made.
+# On a GPU that is fast in fp64, all cosines are computed at once and `greedy.py` picks from the table. On a CPU the rows of
+# the likeliest next picks are computed together (`_Table`), as one product reads all N rows once, be it of one row or of
+# sixteen. Elsewhere a pick reads the N rows.
 
 # bytes of tables of cosines at a time: a batch goes through in parts, images of more tokens go without
 _TABLES = 1 << 30
@@ -144,14 +145,10 @@ def loneliest(x: Tensor, chunk: int = 1024) -> Tensor:
     """
     if _kernels(x) is not None:
         return _by_table(x, lambda table, part: _apart(table)[:, None])[:, 0]
+    if x.device.type == "cpu":
+        return torch.stack([_loneliest(_unit(item), chunk) for item in x])
     # every pair at once is arithmetic, not memory traffic, and there fp64 is slow on most accelerators
-    rows = _unit(x) if x.device.type == "cpu" else _unit(x).float()
-    number = torch.arange(rows.shape[1], device=x.device)
-    nearest = []
-    for part, own in zip(rows.split(chunk, 1), number.split(chunk), strict=True):
-        near = torch.bmm(part, rows.transpose(1, 2)).masked_fill_(own[:, None] == number, -2.0)
-        nearest.append(near.amax(-1))
-    return _grid(torch.cat(nearest, 1)).argmin(-1)
+    return _grid(_nearest(_unit(x).float(), chunk)).argmin(-1)
 
 
 def dpp(x: Tensor, weight: Tensor, k: int) -> Tensor:
@@ -171,6 +168,8 @@ def dpp(x: Tensor, weight: Tensor, k: int) -> Tensor:
     kernels = _kernels(x)
     if kernels is not None:
         return _by_table(x, lambda table, part: kernels.determinant(table, exact(weight[part]), k))
+    if x.device.type == "cpu":
+        return torch.stack([_determinant(_unit(item), exact(w), k) for item, w in zip(x, weight, strict=True)])
     rows = _unit(x)
     items = torch.arange(len(rows), device=x.device)
     weight = weight.to(rows.dtype)
@@ -198,6 +197,8 @@ def _spread_out(x: Tensor, first: Tensor, k: int, join: Callable[[Tensor, Tensor
     if kernels is not None:
         largest = join is torch.maximum
         return _by_table(x, lambda table, part: kernels.spread_out(table, first[part], k, largest))
+    if x.device.type == "cpu":
+        return torch.stack([_spread_one(_unit(item), int(f), k, join) for item, f in zip(x, first, strict=True)])
     rows = _unit(x)
     items = torch.arange(len(rows), device=x.device)
     pick, picks = first, [first]
@@ -254,6 +255,120 @@ def _apart(table: Tensor) -> Tensor:
     return _grid(table.amax(-1)).argmin(-1)
 
 
+class _Table:
+    """Rows of one image's table of cosines on a CPU, computed a block at a time.
+
+    Parameters:
+        unit: fp64 [N, D], rows of length 1.
+    """
+
+    def __init__(self, unit: Tensor):
+        self.unit = unit
+        self.rows: dict[int, Tensor] = {}
+        self.known = torch.zeros(len(unit), dtype=torch.bool)
+        self.block, self.used = 1, 0
+
+    def row(self, pick: int, merit: Tensor | None) -> Tensor:
+        """[N] cosines of row `pick` with all rows.
+
+        Parameters:
+            merit: [N], the higher the likelier a row is to be asked for next; -inf for those that will not be. None: unknown.
+        """
+        if pick not in self.rows:
+            # blocks grow while at least a third of the last one was needed; a row more costs a quarter of a row alone
+            self.block = min(64, 2 * self.block) if 3 * self.used >= self.block else max(4, self.block // 2)
+            ahead = [pick]
+            if merit is not None:
+                merit = merit.masked_fill(self.known, -torch.inf)
+                merit[pick] = -torch.inf
+                best = merit.topk(min(self.block - 1, len(merit)))
+                ahead += best.indices[best.values > -torch.inf].tolist()
+            self.rows.update(zip(ahead, self.unit[ahead] @ self.unit.T, strict=True))
+            self.known[ahead] = True
+            self.used = 0
+        self.used += 1
+        return self.rows[pick]
+
+
+def _spread_one(unit: Tensor, first: int, k: int, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`_spread_out` for one image on a CPU."""
+    table, picks = _Table(unit), [first]
+    score = shown = None
+    for _ in range(k - 1):
+        row = table.row(picks[-1], None if shown is None else -shown)
+        score = row.clone() if score is None else join(score, row)
+        # of those taken, nothing is asked any more
+        score[picks[-1]] = torch.inf
+        shown = _grid(score)
+        picks.append(int(shown.argmin()))
+    return torch.tensor(sorted(picks))
+
+
+def _determinant(unit: Tensor, weight: Tensor, k: int) -> Tensor:
+    """`dpp` for one image on a CPU."""
+    table, picks = _Table(unit), []
+    left = torch.ones_like(weight)  # the part of each row outside the span of those taken
+    square, hopeless = weight.square(), -1 / (1 + weight)
+    factors = unit.new_zeros(k, len(unit))
+    taken = torch.zeros(len(unit), dtype=torch.bool)
+    for step in range(k):
+        shown = _grid(left)
+        gain = torch.where(shown > 0, square * shown, hopeless).float().masked_fill(taken, -torch.inf)
+        pick = int(gain.argmax())
+        picks.append(pick)
+        taken[pick] = True
+        rest = left[pick]
+        # a row inside the span of those taken takes nothing from the others
+        if _grid(rest) > 0:
+            past = factors[:step]
+            factors[step] = (table.row(pick, gain) - past[:, pick] @ past) / rest.sqrt()
+            left = left - factors[step].square()
+    return torch.tensor(sorted(picks))
+
+
+def _nearest(rows: Tensor, chunk: int) -> Tensor:
+    """[B, N] the largest product of each row of [B, N, D] with another one."""
+    number = torch.arange(rows.shape[1], device=rows.device)
+    nearest = []
+    for part, own in zip(rows.split(chunk, 1), number.split(chunk), strict=True):
+        near = torch.bmm(part, rows.transpose(1, 2)).masked_fill_(own[:, None] == number, -2.0)
+        nearest.append(near.amax(-1))
+    return torch.cat(nearest, 1)
+
+
+def _loneliest(unit: Tensor, chunk: int) -> Tensor:
+    """`loneliest` for one image on a CPU: fp32 leaves a few rows that it could be, and fp64 decides among them."""
+    tokens, width = unit.shape
+    # what all rows share is taken out before, as it would cost fp32 the digits in which they differ:
+    # with u = m + v, u_i u_j = (m m + m v_i) + (m v_j + v_i v_j)
+    mean = unit.mean(0)
+    shared = mean @ mean
+    along = unit @ mean - shared
+    parts = [(part - mean).float() for part in unit.split(min(chunk, 512))]
+    sides = along.float().split(min(chunk, 512))
+    near = [part.new_full((len(part),), -4.0) for part in parts]
+    for i, part in enumerate(parts):
+        for j in range(i, len(parts)):  # the table is symmetric
+            cosines = part @ parts[j].T
+            if i == j:
+                cosines.fill_diagonal_(-4.0)
+            else:
+                near[j] = torch.maximum(near[j], (cosines + sides[i][:, None]).amax(0))
+            near[i] = torch.maximum(near[i], (cosines + sides[j]).amax(1))
+    nearest = torch.cat(near).double() + along + shared
+    # rounding to fp32 and a sum of D products, in whatever order, are off by no more than this
+    largest = max(float(part.square().sum(1).max()) for part in parts)
+    slack = ((width + 16) * largest + 4 * float(along.abs().max())) * 2.0**-24
+    could = (nearest <= nearest.min() + 2 * slack + 1e-8).nonzero()[:, 0]
+    if len(could) > tokens // 2:
+        return _grid(_nearest(unit[None], chunk)[0]).argmin()
+    best = []
+    for some in could.split(chunk):
+        cosines = unit[some] @ unit.T
+        best.append(cosines.scatter_(1, some[:, None], -2.0).amax(1))
+    return could[_grid(torch.cat(best)).argmin()]
+
+
 def exact(x: Tensor) -> Tensor:
     """`x` in fp64, or in fp32 where the device has no more."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
@@ -261,8 +376,8 @@ def exact(x: Tensor) -> Tensor:
 
 def _unit(x: Tensor) -> Tensor:
     """Rows of length 1, or 0 where a row is zero."""
-    x = torch.nan_to_num(exact(x), nan=0.0, posinf=0.0, neginf=0.0)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-30)
+    x = exact(torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0))
+    return x.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-30))
 
 
 def _against(vector: Tensor, rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import gc
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -34,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class Script:
     """Parts that write a file each, and the one model that they share in turn."""
 
-    def __init__(self, out: Path, device: str, tiny: bool, repeats: int):
-        self.out, self.device, self.tiny, self.repeats = out, device, tiny, repeats
+    def __init__(self, out: Path, device: str, tiny: bool, repeats: int, layers: int | None):
+        self.out, self.device, self.tiny, self.repeats, self.layers = out, device, tiny, repeats, layers
         self.begin = time.perf_counter()
         self.model, self.config = None, ""
 
@@ -61,8 +62,8 @@ class Script:
         if self.config != config:
             self.drop()
             name = "tiny-random" if self.tiny else config
-            kind = torch.float32 if self.device == "cpu" else torch.bfloat16
-            self.model, self.config = build(embedded.config(name), None, kind, self.device, "sdpa"), config
+            kind = torch.float32 if self.tiny else torch.bfloat16
+            self.model, self.config = build(embedded.config(name), self.layers, kind, self.device, "sdpa"), config
         return self.model
 
     def drop(self) -> None:
@@ -205,6 +206,7 @@ def bench(
             )
         print("  ", line, flush=True)
     return {
+        "command": shlex.join(["python", "-m", "evaluations.gpu", *sys.argv[1:]]),
         "setting": said,
         "launch_floor": asdict(floor),
         "reasons": reasons(rows, weight_bytes(model), floor),
@@ -305,11 +307,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script itself")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--layers", type=int, help="cut the decoder to this many, for a profile on a CPU")
     parser.add_argument("--parts", default="", help="comma-separated; default: all")
     parser.add_argument("--seconds", type=float, default=480, help="start no further part after this")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    script = Script(options.out, options.device, options.tiny, options.repeats)
+    script = Script(options.out, options.device, options.tiny, options.repeats, options.layers)
     parts: dict[str, Callable[[], Any]] = {
         "machine": lambda: environment(script),
         "greedy": lambda: greedy(script),
@@ -322,6 +325,7 @@ def main() -> None:
         "tests": lambda: tests(script),
     }
     wanted = [name for name in options.parts.split(",") if name] or list(parts)
+    parts["llava-1.5-7b-stalls"] = lambda: stalls(script, "llava-1.5-7b", ("flowcut", "divprune"), 64)
     for name in wanted:
         if time.perf_counter() - script.begin > options.seconds:
             print(f"{name}: left out, {options.seconds:.0f} s have passed", flush=True)

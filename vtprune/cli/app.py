@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vtprune.cli import demoing, searching, serving, sweeping
+from vtprune.cli import benching, demoing, searching, serving, sweeping
 from vtprune.cli.console import (
     UserError,
     assignments,
@@ -312,11 +312,16 @@ def bench(
     keep: Annotated[list[str] | None, typer.Option(help="Budget. Repeatable. Default: 64 and 128.")] = None,
     pruner: Annotated[list[str] | None, typer.Option(help="A strategy. Repeatable. Default: flowcut.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="field=value of all strategies. Repeatable.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per forward.")] = 1,
-    images: Annotated[int, typer.Option(min=1, help="Pictures per sample; a budget is per picture.")] = 1,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Samples per forward. Repeatable. Default: 1.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Pictures (or videos) per sample; a budget is for each.")] = 1,
+    frames: Annotated[int | None, typer.Option(min=1, help="Feed videos of so many frames instead of pictures.")] = None,
     text_tokens: Annotated[int, typer.Option(min=2, help="Prompt tokens besides the picture's.")] = 60,
     decode_steps: Annotated[int, typer.Option(min=0, help="Decode steps to time after each prefill.")] = 4,
     all_: Annotated[bool, typer.Option("--all/--no-all", help="Also time each strategy keeping everything.")] = True,
+    bounds: Annotated[bool, typer.Option("--bounds/--no-bounds", help="Also time what each case could reach at best.")] = True,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="On a CPU, one more run of each to count memory.")
+    ] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; every case runs once a round.")] = 5,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before them that do not count.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own choice.")] = None,
@@ -325,11 +330,27 @@ def bench(
     dtype: Dtype = "bfloat16",
     attn: Attn = "sdpa",
     json_file: Annotated[str | None, typer.Option("--json", help="Write all figures to this file; - is stdout.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw speed-up against budget with both bounds; .png or .svg.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table into this page, between the marks.")] = None,
+    mark: Annotated[str, typer.Option(help="Of the page: <!-- MARK:begin --> and <!-- MARK:end -->.")] = "bench",
+    columns: Annotated[str | None, typer.Option(help="Of that table, comma-separated. Default: all.")] = None,
+    from_: Annotated[
+        list[Path] | None, typer.Option("--from", help="Run nothing: show, draw or write files of --json. Repeatable.")
+    ] = None,
 ) -> None:
-    """Time strategies on a model with random weights: encoder, prefill, selection, cache, decode."""
+    """Time strategies on a model with random weights: encoder, prefill, selection, memory, cache, decode."""
     if ctx.invoked_subcommand is not None:
         return
     with mistakes():
+        if from_:
+            found = [(benching.read(path), path) for path in from_]
+            if plot is not None and len(found) > 1:
+                raise UserError("--plot draws one file of --json; give one --from.")
+            for data, _ in found:
+                benching.show(data, plot)
+            if markdown is not None:
+                benching.write(markdown, mark, found, columns)
+            return
         from vtprune import embedded
 
         path = embedded.config(config)
@@ -341,42 +362,25 @@ def bench(
         import torch
 
         from vtprune.cli import running
-        from vtprune.measure import bench as benching
+        from vtprune.measure.bench import build
 
         place = running.pick_device(device)
         kind = running.pick_dtype(dtype, place)
         if threads:
             torch.set_num_threads(threads)
         with err().status("making random weights"):
-            model = benching.build(path, layers, kind, place, attn, seed)
-        inputs = benching.make_inputs(model, batch, text_tokens, seed, images)
-        rows = _timed_rows(model, inputs, cases, repeats, warmup, decode_steps)
-        depth = model.config.text_config.num_hidden_layers
-        setting = {
-            "config": config,
-            "decoder_layers": depth,
-            "batch": batch,
-            "images": images,
-            "text_tokens": text_tokens,
-            "dtype": str(kind).removeprefix("torch."),
-            "attn": attn,
-            "repeats": repeats,
-            "warmup": warmup,
-            "decode_steps": decode_steps,
-            **benching.machine(place),
-        }
-        data = {"setting": setting, "rows": [_row_dict(row) for row in rows]}
+            model = build(path, layers, kind, place, attn, seed)
+        shape = {"text_tokens": text_tokens, "images": images, "frames": frames}
+        rounds = {"repeats": repeats, "warmup": warmup, "decode_steps": decode_steps}
+        data = benching.measured(config, model, cases, batch or [1], seed, shape, rounds, bounds, memory)
         if json_file == "-":
             print_json(data)
-        else:
-            if json_file is not None:
-                write_whole(Path(json_file), lambda p: p.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))
-            out().print(_bench_table(rows))
-            out().print(_setting_line(setting), soft_wrap=True)
-        for row in rows:
-            if row.error:
-                err().print(f"[yellow]{escape(row.label)} did not run:[/] {escape(row.error)}", soft_wrap=True)
-        if cases and all(row.error for row in rows[1:]):
+        elif json_file is not None:
+            write_whole(Path(json_file), lambda p: p.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))
+        benching.show(data, plot, quiet=json_file == "-")
+        if markdown is not None:
+            benching.write(markdown, mark, [(data, None if json_file in (None, "-") else Path(json_file))], columns)
+        if cases and all(row["error"] for row in data["rows"] if row["label"] != "unpruned"):
             raise fail("no strategy could run; see the reasons above.")
 
 
@@ -392,22 +396,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def main() -> None:
     """Entry point of the `vtprune` command."""
     app()
-
-
-def _timed_rows(model, inputs, cases, repeats: int, warmup: int, decode_steps: int):
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from vtprune.measure.bench import measure
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err(), transient=True) as progress:
-        task = progress.add_task("", total=(len(cases) + 1) * (repeats + warmup))
-
-        def tick(label: str) -> None:
-            progress.update(task, description=escape(label))
-            progress.advance(task)
-
-        return measure(model, inputs, cases, repeats, warmup, decode_steps, tick)
 
 
 def _schedules(model: str | None) -> dict[str, Path]:
@@ -468,47 +456,3 @@ def _compare_table(rows) -> Table:
             flops(row.flops),
         )
     return table
-
-
-def _bench_table(rows) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("case")
-    heads = ("tokens in", "equiv.", "encoder ms", "decoder ms", "prefill ms (IQR)", "speed-up", "FLOPs bound")
-    for column in (*heads, "selection ms", "KV", "decode ms/token"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        if row.error:
-            table.add_row(escape(row.label), *["-"] * 10)
-            continue
-        table.add_row(
-            escape(row.label),
-            f"{row.entered:g}",
-            f"{row.equivalent_tokens:.1f}",
-            f"{row.encoder.median:.1f}",
-            f"{row.decoder.median:.1f}",
-            f"{row.prefill.median:.1f} ({row.prefill.low:.1f}-{row.prefill.high:.1f})",
-            f"{row.speedup:.2f}x",
-            f"{row.flops_bound:.2f}x",
-            f"{row.selection.median:.1f} ({100 * row.selection_share:.1f} %)",
-            size(row.kv_bytes),
-            f"{row.decode.median:.1f}" if row.decode else "-",
-        )
-    return table
-
-
-def _setting_line(setting: dict[str, Any]) -> str:
-    s = setting
-    parts = (
-        f"{s['config']}, random weights, {s['decoder_layers']} decoder layers, batch {s['batch']}, "
-        f"{s['images']} picture(s) each, {s['text_tokens']} text tokens, {s['dtype']}, {s['attn']};",
-        f"medians of {s['repeats']} interleaved rounds; selection as share of unpruned prefill.",
-        f"{s['device']}, {s['threads']} threads, torch {s['torch']}, transformers {s['transformers']}, vtprune {s['vtprune']},",
-        f"{s['date']}.",
-    )
-    return escape(" ".join(parts))
-
-
-def _row_dict(row) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(row)

@@ -339,7 +339,8 @@ def measure(
                 continue
             if turn >= warmup:
                 runs[i].append(run)
-            if bounds and run.report is not None:
+            # where nothing was pruned, the bare model is the bound
+            if bounds and run.report is not None and run.report.flops < run.report.flops_full:
                 lengths[i] = round(run.report.equivalent_tokens)
         for length in sorted(set(lengths.values())):
             text = inputs["input_ids"].shape[1] - count.samples[0].visual_tokens if count else 0
