@@ -56,11 +56,14 @@ def fresh(features: list[Tensor]) -> list[Item]:
     return [Item(torch.arange(len(f), device=f.device), (len(f),)) for f in features]
 
 
-def select(pruner: Pruner, features: list[Tensor], items: list[Item], grids: list[Grid]) -> list[Tensor]:
+def select(
+    pruner: Pruner, features: list[Tensor], items: list[Item], grids: list[Grid], frames: Sequence[int] | None = None
+) -> list[Tensor]:
     """The strategy's `select` stage: one call for all pictures of equal size.
 
     Parameters:
         features: [n, D] per picture, projected; items: what is left of each, cut here; grids: of the unpruned pictures.
+        frames: of each, where they are videos; a grid is then one frame's.
     Returns:
         [k, D] per picture.
     """
@@ -68,7 +71,8 @@ def select(pruner: Pruner, features: list[Tensor], items: list[Item], grids: lis
     chosen = list(features)
     if owner is None:
         return chosen
-    for group in groups([(len(i.index), i.sizes, g) for i, g in zip(items, grids, strict=True)]):
+    frames = [1] * len(items) if frames is None else frames
+    for group in groups([(len(i.index), i.sizes, g, f) for i, g, f in zip(items, grids, frames, strict=True)]):
         members = [items[i] for i in group]
         view = SelectView(
             index=torch.stack([item.index for item in members]),
@@ -76,6 +80,7 @@ def select(pruner: Pruner, features: list[Tensor], items: list[Item], grids: lis
             carry=stack_carry(members),
             features=torch.stack([features[i] for i in group]),
             grid=grids[group[0]],
+            frames=frames[group[0]],
             # a picture's features are cached and shared, whatever its place in a prompt: each counts as the first
             ordinal=torch.zeros(len(group), dtype=torch.long),
         )

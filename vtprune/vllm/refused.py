@@ -11,17 +11,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vtprune.pruner import UnsupportedError
 from vtprune.vllm.processing import settings_of, with_context
 
-AXES = (
-    "vLLM gives its visual tokens positions on three axes before it has their features, and corrects them afterwards for its "
-    "own video pruning (--video-pruning-rate) alone"
-)
 OTHER = "how vLLM lays out its pictures is not known to vtprune"
 
 # class -> (vLLM's module, why not)
 REASONS = {
-    "Qwen2VLForConditionalGeneration": ("qwen2_vl", AXES),
-    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", AXES),
-    "Qwen3VLForConditionalGeneration": ("qwen3_vl", AXES),
     "LlavaNextVideoForConditionalGeneration": ("llava_next_video", OTHER),
     "InternVLForConditionalGeneration": ("internvl", OTHER),
     "Mistral3ForConditionalGeneration": ("mistral3", OTHER),
