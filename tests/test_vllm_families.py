@@ -38,6 +38,7 @@ def test_positions_travel_exactly_in_every_dtype(dtype):
 
 
 PLACEHOLDER = 4  # the embedded tokenizer's <image>
+VIDEO = 243  # the first that it does not have
 
 
 class Engine:
@@ -67,7 +68,7 @@ class Engine:
         del self.llm
         cleanup_dist_env_and_memory()
 
-    def answers(self, prompts, kind: str = "image", never=(PLACEHOLDER,), **more) -> list[list[int]]:
+    def answers(self, prompts, kind: str = "image", never=(PLACEHOLDER, VIDEO), **more) -> list[list[int]]:
         """Prompts are (text with placeholders, pictures or whatever else of the kind); some tokens are never said."""
         from vllm import SamplingParams
 
@@ -108,14 +109,15 @@ def tiled_checkpoint(folder, family: str):
         image_grid_pinpoints=pinpoints,
         vision_feature_layer=-2 if clip else -1,
         vision_feature_select_strategy="default" if clip else "full",
-        **({} if clip else {"video_token_id": 5}),
+        **({} if clip else {"video_token_id": VIDEO}),
     )
     model = getattr(transformers, f"{kind}ForConditionalGeneration")._from_config(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 or "newline" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    model.generation_config.suppress_tokens = [PLACEHOLDER]
+    model.generation_config.suppress_tokens = [PLACEHOLDER, VIDEO]
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.tiny_model())
+    tokenizer.add_tokens([transformers.AddedToken("<video>", special=True)])
     shape = {"height": side, "width": side}
     if clip:
         pictures = transformers.LlavaNextImageProcessor(
@@ -156,8 +158,7 @@ def test_tiled_pictures_are_pruned_as_on_transformers(tmp_path, family):
         return answers
 
     settings = {"pruner": "divprune", "keep": 20}
-    # the tokenizer has no placeholder for videos
-    with Engine(tmp_path, settings, limit_mm_per_prompt={"image": 4, "video": 0}) as engine:
+    with Engine(tmp_path, settings, limit_mm_per_prompt={"image": 4, "video": 1}) as engine:
         assert engine.answers(prompts) == reference(settings)
         other = engine.answers(prompts, mm_processor_kwargs={"vtprune": {"keep": 0.5}})
         assert other == reference(settings | {"keep": 0.5})
@@ -166,6 +167,27 @@ def test_tiled_pictures_are_pruned_as_on_transformers(tmp_path, family):
         Engine(tmp_path, {"pruner": "flowcut", "keep": 20}),
     ):
         pass
+
+
+@slow_in_vllm
+def test_onevision_videos_are_pruned_as_on_transformers(tmp_path):
+    model, processor = tiled_checkpoint(tmp_path, "onevision")
+    text = f"USER: <video>\n{QUESTIONS[0]} ASSISTANT:"
+    # of unequal length
+    given = [clips()[0], clips()[1][:5]]
+
+    def reference(settings) -> list[list[int]]:
+        answers = []
+        for clip in given:
+            inputs = processor(text=text, videos=[clip], return_tensors="pt", do_sample_frames=False)
+            with torch.no_grad(), vtprune.pruning(model, settings["pruner"], positions="compact", keep=settings["keep"]):
+                out = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False, eos_token_id=-1)
+            answers.append(out[0, inputs["input_ids"].shape[1] :].tolist())
+        return answers
+
+    settings = {"pruner": "divprune", "keep": 15}
+    with Engine(tmp_path, settings, limit_mm_per_prompt={"image": 1, "video": 1}) as engine:
+        assert engine.answers([(text, [clip]) for clip in given], kind="video") == reference(settings)
 
 
 @slow_in_vllm
@@ -205,7 +227,7 @@ def qwen_checkpoint(folder, version: str):
     else:
         vision |= {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128}
     if version == "2.5":
-        vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
+        vision |= {"window_size": 32, "fullatt_block_indexes": [1], "tokens_per_second": 2}
     if version == "3":
         vision |= {"num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]}
         text["rope_parameters"] |= {"mrope_interleaved": True}
@@ -241,7 +263,7 @@ def qwen_checkpoint(folder, version: str):
 
 def on_transformers(model, processor, never, settings, text: str, shown, kind: str = "images") -> list[int]:
     """vtprune on transformers, survivors at their own positions."""
-    more = {} if kind == "images" else {"video_metadata": METADATA[: len(shown)], "do_sample_frames": False}
+    more = {} if kind == "images" else {"video_metadata": [METADATA] * len(shown), "do_sample_frames": False}
     inputs = processor(text=text, **{kind: list(shown)}, return_tensors="pt", **more)
 
     def generate():
@@ -345,14 +367,14 @@ def test_qwen_pictures_are_pruned_as_on_transformers(tmp_path, version):
         assert engine.answers(prompts, never=made[2]) == expected(None)
 
 
-METADATA = [
-    {"fps": 2.0, "total_num_frames": 8, "duration": 4.0, "frames_indices": list(range(8)), "width": 64, "height": 48}
-] * 2
+# wide, as vLLM counts on after a video's last frame and transformers after its longer side, whichever is farther
+CLIP = (8, 48, 128, 3)
+METADATA = {"fps": 2.0, "total_num_frames": 8, "duration": 4.0, "frames_indices": list(range(8)), "height": 48, "width": 128}
 
 
 def clips() -> list[np.ndarray]:
     generator = np.random.default_rng(0)
-    return [generator.integers(0, 255, (8, 48, 64, 3), dtype=np.uint8) for _ in range(2)]
+    return [generator.integers(0, 255, CLIP, dtype=np.uint8) for _ in range(2)]
 
 
 @slow_in_vllm
@@ -360,12 +382,24 @@ def clips() -> list[np.ndarray]:
 def test_qwen_videos_are_pruned_as_on_transformers(tmp_path, version):
     made, settings = qwen_checkpoint(tmp_path, version), {"pruner": "divprune", "keep": 10}
     texts = [f"USER: {SHOWN.replace('<image>', '<|video_pad|>')}\n{q} ASSISTANT:" for q in QUESTIONS[:2]]
-    prompts = [(text, [(clip, METADATA[0] | {"do_sample_frames": False})]) for text, clip in zip(texts, clips(), strict=True)]
-    if version == "2":
-        prompts = [(text, [clip]) for (text, _), clip in zip(prompts, clips(), strict=True)]
+    given = clips()
+    if version == "2.5":
+        given = [(clip, METADATA | {"do_sample_frames": False}) for clip in given]
+    prompts = [(text, [clip]) for text, clip in zip(texts, given, strict=True)]
+    asked = list(zip(texts, clips(), strict=True))
     with Engine(tmp_path, settings, max_num_batched_tokens=24, limit_mm_per_prompt={"image": 1, "video": 1}) as engine:
         found = engine.answers(prompts, kind="video", never=made[2])
-        shown = [
-            on_transformers(*made, settings, text, [clip], kind="videos") for text, clip in zip(texts, clips(), strict=True)
-        ]
-        assert found == shown
+        assert found == [on_transformers(*made, settings, text, [clip], kind="videos") for text, clip in asked]
+        whole = engine.answers(prompts, kind="video", never=made[2], mm_processor_kwargs={"vtprune": {"keep": 1.0}})
+        assert whole == [on_transformers(*made, None, text, [clip], kind="videos") for text, clip in asked]
+        assert whole != found
+
+
+@slow_in_vllm
+def test_qwen3_refuses_videos_alone(tmp_path):
+    qwen_checkpoint(tmp_path, "3")
+    prompt = f"USER: {SHOWN.replace('<image>', '<|video_pad|>')}\n{QUESTIONS[0]} ASSISTANT:"
+    with Engine(tmp_path, {"pruner": "uniform", "keep": 8}) as engine:
+        with pytest.raises(UnsupportedError, match="stand apart in the prompt"):
+            engine.answers([(prompt, [(clips()[0], METADATA)])], kind="video")
+        assert len(engine.answers([(f"{SHOWN} {QUESTIONS[0]}", pictures()[:1])])[0]) == LENGTH
