@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,20 +95,28 @@ def select(
     return chosen
 
 
-def rehearse(pruner: Pruner, tokens: int, encoder: Encoder | None = None, blocks: int = 0) -> int:
-    """Tokens that the strategy leaves of one picture of random numbers; finds what its declarations do not tell.
+class Rehearsed(NamedTuple):
+    """What a strategy did to one picture: tokens left of it, and the sequence length of each block of the encoder that ran."""
+
+    left: int
+    lengths: list[int]
+
+
+def rehearse(pruner: Pruner, tokens: int, encoder: Encoder | None = None, blocks: int = 0) -> Rehearsed:
+    """The strategy on one picture of random numbers; finds what its declarations do not tell.
 
     Parameters:
         tokens: of a picture; encoder, blocks: the tower and how many of its blocks run, or None.
     Raises:
         UnsupportedError: if the strategy cannot work on what a server has.
     """
-    generator, heads, width = torch.Generator().manual_seed(0), 2, 8
+    generator, heads, width, lengths = torch.Generator().manual_seed(0), 2, 8, []
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     def block(hidden: Tensor, mask: Tensor | None, wanted: list) -> Tensor:
+        lengths.append(hidden.shape[1])
         for request, sink in wanted:
             q, k, v = (random(1, heads, hidden.shape[1], width) for _ in range(3))
             sink(attention_rows(q, k, v, width**-0.5, request))
@@ -120,7 +129,7 @@ def rehearse(pruner: Pruner, tokens: int, encoder: Encoder | None = None, blocks
         else:
             hidden, items = encode(pruner, encoder, [block] * blocks, random(1, tokens + encoder.cls, heads * width))
             features = [hidden[0, : len(items[0].index)]]
-        return len(select(pruner, features, items, [square(tokens)])[0])
+        return Rehearsed(len(select(pruner, features, items, [square(tokens)])[0]), lengths)
     except (RuntimeError, AttributeError, IndexError, TypeError) as error:
         raise UnsupportedError(
             f"vtprune: {pruner.name!r} failed on a picture of random numbers ({type(error).__name__}: {error}); it may read "

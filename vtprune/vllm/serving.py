@@ -114,7 +114,7 @@ def _serving(settings: Settings, tower: Tower) -> Serving:
     left = settings.tokens(size)
     if left < size:
         found = rehearse(pruner, size, tower.encoder if blocks else None, blocks)
-        check_count(found, left, settings.pruner)
+        check_count(found.left, left, settings.pruner)
     log_settings(settings, tower.size)
     return Serving(settings, tower, blocks)
 
