@@ -12,12 +12,14 @@ report, and everything else is held to the masks as ever.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from models import IMAGE, VIDEO, vision_blocks
 
+from vtprune.families import locate
 from vtprune.pruner import EncodeView
 from vtprune.reporting import SampleReport
 
@@ -108,7 +110,8 @@ def _features_of(model, turns: list[Turn]):
     def get_image_features(*args, **kwargs):
         output = original(*args, **kwargs)
         assert len(output.pooler_output) == len(given)
-        output.pooler_output = given
+        # one tensor for all has to stay one
+        output.pooler_output = torch.stack(given) if isinstance(output.pooler_output, torch.Tensor) else given
         return output
 
     base.get_image_features = get_image_features
@@ -118,8 +121,12 @@ def _features_of(model, turns: list[Turn]):
         del base.get_image_features
 
 
-def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
-    """[sequence, vocabulary] logits of the full model under the masks that the pruned run implies."""
+def oracle_logits(model, turns: list[Turn], compact: bool, types: Callable | None = None) -> torch.Tensor:
+    """[sequence, vocabulary] logits of the full model under the masks that the pruned run implies.
+
+    Parameters:
+        types: token ids [1, L] -> further inputs of the model that tell modalities apart, as its processor makes them.
+    """
     ids = [t for turn in turns for t in turn.prompt + turn.generated]
     length, depth = len(ids), len(model.model.language_model.layers)
     alive = torch.ones(depth, length, dtype=torch.bool)  # computed on in its own prefill
@@ -183,10 +190,13 @@ def oracle_logits(model, turns: list[Turn], compact: bool) -> torch.Tensor:
     pixels = [turn.pixels for turn in turns if turn.pixels is not None]
     try:
         with torch.no_grad(), _features_of(model, turns):
-            extra = {name: torch.cat([turn.extra[name] for turn in turns if name in turn.extra]) for name in turns[0].extra}
+            names = dict.fromkeys(name for turn in turns for name in turn.extra)
+            extra = {name: torch.cat([turn.extra[name] for turn in turns if name in turn.extra]) for name in names}
             if pixels:
                 extra["pixel_values"] = torch.cat(pixels)
-            if "image_grid_thw" in extra or "video_grid_thw" in extra:
+            if types is not None:
+                extra |= types(torch.tensor([ids]))
+            elif "image_grid_thw" in extra or "video_grid_thw" in extra:
                 extra["mm_token_type_ids"] = token_types(torch.tensor([ids]))
             out = model(input_ids=torch.tensor([ids]), **extra, use_cache=False)
     finally:
@@ -209,12 +219,7 @@ class Watch:
         self.targets: dict[int, set[int]] = {}
         self._model, self._undo = model, []
         base = model.model
-        self.sealed = type(base).__name__ not in (
-            "LlavaModel",
-            "LlavaNextModel",
-            "LlavaOnevisionModel",
-            "VideoLlavaModel",
-        )
+        self.sealed = bool(locate(model).family.sealed)
         self._wrapped = base.get_image_features
 
         @functools.wraps(self._wrapped)  # generate() reads its signature
@@ -262,10 +267,11 @@ class Watch:
     def turn(self, prompt: list[int], generated: list[int], sample: SampleReport, pixels, row: int, first: int) -> Turn:
         """The turn of sample `row`, whose first image is the run's image `first`."""
         turn = Turn(prompt, generated, sample, pixels)
+        pictures = sample.frames.count(1)
         # nothing leaves inside a sealed encoder, or from videos; masks per tile would need the packing undone
-        turn.whole = self.sealed or max(sample.frames, default=1) > 1
-        if not turn.whole and (self.remade or sample.slots is not None):
-            turn.features = self.features[first : first + len(sample.images)]
+        turn.whole = self.sealed or not pictures
+        if not turn.whole and (self.remade or sample.slots is not None or pictures < len(sample.images)):
+            turn.features = self.features[first : first + pictures]
         for layer, tokens in self.targets.items():
             if sample.images:
                 flowing = len(prompt) - sample.visual_tokens + len(sample.layers[layer])

@@ -10,7 +10,8 @@ import torch
 import vtprune
 from vtprune import embedded
 from vtprune.families import locate
-from vtprune.measure.bench import Case, Spread, build, cases_for, machine, make_inputs, measure, timed
+from vtprune.measure.bench import Case, Spread, build, cases_for, machine, measure, timed
+from vtprune.measure.inputs import make_inputs
 from vtprune.pruner import UnsupportedError
 
 

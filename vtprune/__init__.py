@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from vtprune.strategies.todre import ToDRE
     from vtprune.strategies.uniform import Uniform
     from vtprune.strategies.visionzip import VisionZip
+    from vtprune.supporting import supports
 
 __version__ = "0.1.0"
 
@@ -87,6 +88,7 @@ _HOME = {
     "vtprune.strategies.todre": ("ToDRE",),
     "vtprune.strategies.uniform": ("Uniform",),
     "vtprune.strategies.visionzip": ("VisionZip",),
+    "vtprune.supporting": ("supports",),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -130,6 +132,7 @@ __all__ = [
     "create",
     "pruning",
     "report",
+    "supports",
     "unwrap",
     "wrap",
 ]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -343,15 +343,15 @@ class SelectView(View):
         frames: 1 for a picture; of a video, how many frames its unpruned tokens come in, one after the other.
         videos: B videos before pooling, if `Pruner.reads_frames`; empty for pictures.
         ordinal: LongTensor [B] on the CPU, which image of its sample an item is (0 for the first).
-        text: B tensors [T, D], the text embeddings of the item's sample.
-        ids: B LongTensors [T], the token ids behind them, or empty if the user fed embeddings.
+        text: B tensors [T, D], the text embeddings of the item's sample; gathered when they are asked for.
+        ids: B LongTensors [T], the token ids behind them, empty ones if the user fed embeddings.
     """
 
     features: Tensor = None  # type: ignore[assignment]
     grid: tuple[int, int] | None = None
     ordinal: Tensor = None  # type: ignore[assignment]
-    text: list[Tensor] = field(default_factory=list)
-    ids: list[Tensor] = field(default_factory=list)
+    text: Sequence[Tensor] = ()
+    ids: Sequence[Tensor] = ()
     frames: int = 1
     videos: list[Frames] = field(default_factory=list)
 
@@ -462,6 +462,12 @@ class Pruner:
     def promises_to_prune(self, sizes: tuple[int, ...]) -> bool:
         """Whether a run that drops nothing is an error. Strategies driven by thresholds, not by a budget, say no."""
         return self.asks_to_prune(sizes)
+
+    @classmethod
+    def trial(cls, depth: int) -> Pruner:
+        """An instance to ask what a model of `depth` decoder layers can serve; for strategies that have no values of their own
+        until they are fitted, with some that would do."""
+        return cls()
 
     def check_model(self, model: Model) -> None:
         """Refuse a model that this instance was not fitted to.

@@ -7,7 +7,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
+
+from vtprune import places
+from vtprune.places import View
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,7 +41,8 @@ class SampleReport:
             (newline embeddings of tiled pictures, which always stay); None where all are visual.
         foreign: kept indices whose vector stands for something else, such as the class token in a dropped patch's place.
         images: tokens of each image before pruning, in order; an image's tokens are numbered after its predecessors'.
-        grids: (rows, columns) of each image's tokens, of a video one frame's, or None where they form no grid.
+        grids: (rows, columns) of each image's tokens, of a video one frame's, or None where they form no one grid.
+        views: the grids of each picture's tokens, several where it is tiled; () where they form none, and for a video.
     """
 
     visual_tokens: int
@@ -52,6 +57,26 @@ class SampleReport:
     slots: Tensor | None = None
     frames: list[int] = field(default_factory=list)
     plans: list[FramePlan | None] = field(default_factory=list)
+    views: list[tuple[View, ...]] = field(default_factory=list)
+
+    def boxes(self, image: int, size: tuple[int, int], fit: str = "crop") -> np.ndarray:
+        """[N, 4] float: left, top, right, bottom of each visual token of a picture, in its pixels, by number within it.
+
+        Parameters:
+            image: which of the sample's; size: (width, height) of the picture as given to the processor.
+            fit: how the processor made it square, "crop" (shortest edge, centre crop, as CLIP's) or "stretch"; tiled pictures
+                are covered whole.
+        Raises:
+            ValueError: for a picture whose tokens form no grid, and for videos.
+        """
+        return places.boxes(self.views_of(image), size, fit)
+
+    def views_of(self, image: int) -> tuple[View, ...]:
+        """The grids of one picture's tokens; () where they have no place in it."""
+        if self.views:
+            return self.views[image]
+        grid = self.grids[image]
+        return () if grid is None or (self.frames and self.frames[image] > 1) else (View(*grid),)
 
     @property
     def equivalent_tokens(self) -> float:
@@ -192,6 +217,7 @@ class Report:
                     "trail": [{"where": step.where, "tokens": len(step.tokens), "merged": step.merged} for step in s.trail()],
                     "images": list(s.images),
                     "grids": [list(g) if g else None for g in s.grids],
+                    "views": [[asdict(view) for view in views] for views in s.views],
                     "frames": list(s.frames),
                     "plans": [None if plan is None else asdict(plan) for plan in s.plans],
                     "slots": None if s.slots is None else s.slots.tolist(),

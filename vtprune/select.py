@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -80,7 +82,12 @@ def spread(tokens: int, k: int, device: torch.device | None = None) -> Tensor:
 # Greedy selections. Each pick follows from all before it, so one near-tie that falls the other way changes the rest of the set.
 # Kernels sum in an order of their own (it differs with the batch, the thread count, even the row), hence fp64, compared
 # on a grid far coarser than its error and far finer than any difference that matters: what is equal on paper ties.
-# No N x N matrix: a pick reads the N rows once, which on a CPU costs less than the matrix up to k of about N / 8.
+# On a GPU that is fast in fp64, all cosines are computed at once and `greedy.py` picks from the table; elsewhere a pick reads
+# the N rows once, and no N x N table is made.
+
+# bytes of tables of cosines at a time: a batch goes through in parts, images of more tokens go without
+_TABLES = 1 << 30
+_LONGEST = 8192
 
 
 def max_sum(x: Tensor, first: Tensor, k: int) -> Tensor:
@@ -102,11 +109,21 @@ def k_center(x: Tensor, first: Tensor, k: int) -> Tensor:
     return _spread_out(x, first, k, torch.maximum)
 
 
+def max_min(x: Tensor, k: int) -> Tensor:
+    """`k_center` from the `loneliest` row on: LongTensor [B, k], ascending."""
+    kernels = _kernels(x)
+    if kernels is None:
+        return k_center(x, loneliest(x), k)
+    return _by_table(x, lambda table, part: kernels.spread_out(table, _apart(table), k, largest=True))
+
+
 def loneliest(x: Tensor, chunk: int = 1024) -> Tensor:
     """LongTensor [B]: the row of `x` [B, N, D] whose largest cosine to another row is least; ties as in `max_sum`.
 
-    Looks at `chunk` rows at a time, so that memory stays linear in N.
+    Looks at `chunk` rows at a time where there is no table of all cosines, so that memory stays linear in N.
     """
+    if _kernels(x) is not None:
+        return _by_table(x, lambda table, part: _apart(table)[:, None])[:, 0]
     # every pair at once is arithmetic, not memory traffic, and there fp64 is slow on most accelerators
     rows = _unit(x) if x.device.type == "cpu" else _unit(x).float()
     number = torch.arange(rows.shape[1], device=x.device)
@@ -120,8 +137,9 @@ def loneliest(x: Tensor, chunk: int = 1024) -> Tensor:
 def dpp(x: Tensor, weight: Tensor, k: int) -> Tensor:
     """Greedy MAP of the determinantal point process with kernel diag(weight) S diag(weight), S the cosines of `x`.
 
-    Incremental Cholesky on S: O(N k^2 + N k D) time, O(N k) memory. Where the rows taken span the rest (more picks than
-    the rank of S, duplicates), every determinant is zero and the remaining picks go by weight.
+    Incremental Cholesky on S: O(N k^2 + N k D) time, O(N k) memory (on a GPU that is fast in fp64 O(N^2 (k + D)) and O(N^2)).
+    Where the rows taken span the rest (more picks than the rank of S, duplicates), every determinant is zero and the
+    remaining picks go by weight.
 
     Parameters:
         x: [B, N, D] as for `max_sum`; an all-zero row is orthogonal to all others.
@@ -130,6 +148,9 @@ def dpp(x: Tensor, weight: Tensor, k: int) -> Tensor:
     Returns:
         LongTensor [B, k], ascending. Ties go to the lower index.
     """
+    kernels = _kernels(x)
+    if kernels is not None:
+        return _by_table(x, lambda table, part: kernels.determinant(table, exact(weight[part]), k))
     rows = _unit(x)
     items = torch.arange(len(rows), device=x.device)
     weight = weight.to(rows.dtype)
@@ -153,6 +174,10 @@ def dpp(x: Tensor, weight: Tensor, k: int) -> Tensor:
 
 
 def _spread_out(x: Tensor, first: Tensor, k: int, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    kernels = _kernels(x)
+    if kernels is not None:
+        largest = join is torch.maximum
+        return _by_table(x, lambda table, part: kernels.spread_out(table, first[part], k, largest))
     rows = _unit(x)
     items = torch.arange(len(rows), device=x.device)
     pick, picks = first, [first]
@@ -166,6 +191,47 @@ def _spread_out(x: Tensor, first: Tensor, k: int, join: Callable[[Tensor, Tensor
         pick = _grid(score).masked_fill(taken, torch.inf).argmin(-1)
         picks.append(pick)
     return torch.stack(picks, -1).sort(-1).values
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """`vtprune.greedy`, if it serves this device and so many tokens."""
+    return _greedy(x.device) if x.is_cuda and x.shape[1] <= _LONGEST else None
+
+
+@cache
+def _greedy(device: torch.device) -> ModuleType | None:
+    # elsewhere fp64 runs at 1/32 or 1/64 of the speed of fp32, and the table costs more than it saves
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) not in {
+        (6, 0),
+        (7, 0),
+        (8, 0),
+        (9, 0),
+        (10, 0),
+    }:
+        return None
+    try:
+        from vtprune import greedy
+    except ImportError:  # torch for this platform brings no triton
+        return None
+    return greedy
+
+
+def _by_table(x: Tensor, choose: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """What `choose` picks from fp64 tables of cosines [b, N, N], one part of the batch after the other; ascending."""
+    tokens = x.shape[1]
+    size = max(1, _TABLES // (8 * tokens * tokens))
+    picks = []
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        rows = _unit(x[part])
+        picks.append(choose(torch.bmm(rows, rows.transpose(1, 2)), part))
+    return torch.cat(picks).sort(-1).values
+
+
+def _apart(table: Tensor) -> Tensor:
+    """LongTensor [B]: the row whose largest cosine to another is least; overwrites the diagonal."""
+    table.diagonal(dim1=1, dim2=2).fill_(-2.0)
+    return _grid(table.amax(-1)).argmin(-1)
 
 
 def exact(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from vtprune.places import Canvas, canvases, shown
 from vtprune.pruner import VtpruneError
 from vtprune.reporting import SampleReport
 
@@ -87,7 +88,7 @@ def stages(sample: SampleReport) -> list[Stage]:
 
 
 def overlay(sample: SampleReport, image: Image.Image | Sequence[Image.Image], fit: str = "crop") -> Image.Image:
-    """Panels side by side, one per stage; one row per image of the sample.
+    """Panels side by side, one per stage; one row per image of the sample, two where it is tiled: the whole, and its tiles.
 
     Kept patches are bright with a blue outline, dropped ones dim and grey; a patch that others were merged into has an
     orange outline together with them.
@@ -97,35 +98,37 @@ def overlay(sample: SampleReport, image: Image.Image | Sequence[Image.Image], fi
         image: the sample's image, or list of images, as given to the processor.
         fit: how the processor made it square, "crop" (short edge resized, centre cropped, as CLIP's) or "stretch".
     Raises:
-        VizError: if the number of images differs, or tokens form no grid.
+        VizError: if the number of images differs, or an image's tokens form no grid.
     """
     images = _images(sample, image)
     shown = stages(sample)
     rows = []
     for number, picture in enumerate(images):
         first = sum(sample.images[:number])
-        count, grid = sample.images[number], _grid(sample, number)
-        view = _model_view(picture, grid, fit)
-        row = []
-        for stage in shown:
-            local = stage.kept[(stage.kept >= first) & (stage.kept < first + count)]
-            local = local[~np.isin(local, sample.foreign)] - first
-            groups = {k - first: [i - first for i in v] for k, v in stage.merged.items() if first <= k < first + count and v}
-            row.append((_panel(view, grid, local, groups), stage.title, f"{len(local)} of {count} tokens"))
-        rows.append(row)
+        drawn = _canvases(sample, number, picture)
+        for canvas in drawn:
+            view = _model_view(picture, canvas.grid, fit if len(drawn) == 1 else "stretch")
+            row = []
+            for stage in shown:
+                kept = stage.kept[~np.isin(stage.kept, sample.foreign)] - first
+                groups = {k - first: [i - first for i in v] for k, v in stage.merged.items() if v}
+                kept, groups = _on(canvas, kept, groups)
+                count = f"{len(kept)} of {canvas.numbers.size} tokens" + (" of this view" if len(drawn) > 1 else "")
+                row.append((_panel(view, canvas.grid, kept, groups), stage.title, count))
+            rows.append(row)
     return _sheet(rows)
 
 
 def final_picture(sample: SampleReport, image: Image.Image, fit: str = "crop") -> Image.Image:
-    """The sample's first image with what was left at the last stage, as one bare panel.
+    """The sample's first image with what was left at the last stage, as one bare panel; of a tiled one, its tiles.
 
     Raises:
         VizError: if the image's tokens form no grid.
     """
-    stage, grid, count = stages(sample)[-1], _grid(sample, 0), sample.images[0]
-    groups = {k: v for k, v in sample.merged.items() if k < count and v}
-    kept = stage.kept[(stage.kept < count) & ~np.isin(stage.kept, sample.foreign)]
-    return _panel(_model_view(image, grid, fit), grid, kept, groups)
+    stage, drawn = stages(sample)[-1], _canvases(sample, 0, image)
+    canvas = drawn[-1]
+    kept, groups = _on(canvas, stage.kept[~np.isin(stage.kept, sample.foreign)], {k: v for k, v in sample.merged.items() if v})
+    return _panel(_model_view(image, canvas.grid, fit if len(drawn) == 1 else "stretch"), canvas.grid, kept, groups)
 
 
 def contact_sheet(entries: Sequence[Entry], heading: str = "", columns: int = 4) -> Image.Image:
@@ -194,30 +197,33 @@ def _images(sample: SampleReport, image: Image.Image | Sequence[Image.Image]) ->
     return [picture.convert("RGB") for picture in images]
 
 
-def _grid(sample: SampleReport, number: int) -> tuple[int, int]:
-    grid = sample.grids[number]
-    if grid is None or (sample.frames and sample.frames[number] > 1):
+def _canvases(sample: SampleReport, number: int, image: Image.Image) -> list[Canvas]:
+    views = sample.views_of(number)
+    if not views:
         raise VizError(
-            f"image {number} has {sample.images[number]} visual tokens that form no grid (tiles and frames form several), so "
+            f"image {number} has {sample.images[number]} visual tokens that form no grid (a video's frames form several), so "
             f"they have no place in one picture. report.timeline draws videos; the indices are in samples[...].kept."
         )
-    return grid
+    return canvases(views, image.width, image.height)
+
+
+def _on(canvas: Canvas, kept: np.ndarray, groups: dict[int, list[int]]) -> tuple[np.ndarray, dict[int, list[int]]]:
+    """Kept tokens and merged groups, numbered within their image, as cells of a canvas; those elsewhere are left out."""
+    cell = {int(number): at for at, number in enumerate(canvas.numbers.ravel())}
+    there = {cell[into]: [cell[n] for n in members if n in cell] for into, members in groups.items() if into in cell}
+    return np.array([cell[n] for n in kept.tolist() if n in cell], dtype=np.int64), there
 
 
 def _model_view(image: Image.Image, grid: tuple[int, int], fit: str, side: int = PANEL) -> Image.Image:
     """What the processor shows the encoder, at a whole number of pixels per patch and about `side` pixels long."""
-    if fit not in ("crop", "stretch"):
-        raise VizError(f"fit={fit!r}: 'crop' or 'stretch'.")
     rows, columns = grid
     cell = max(4, round(side / max(rows, columns)))
-    width, height = columns * cell, rows * cell
-    if fit == "stretch":
-        return image.resize((width, height), Image.Resampling.BICUBIC)
-    scale = max(width / image.width, height / image.height)
+    try:
+        part = shown(grid, image.width, image.height, fit)
+    except ValueError as error:
+        raise VizError(str(error)) from error
     # crop before resizing: the same picture without a large one in between
-    w, h = width / scale, height / scale
-    x, y = (image.width - w) / 2, (image.height - h) / 2
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
+    return image.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC, box=part)
 
 
 def _panel(view: Image.Image, grid: tuple[int, int], kept: np.ndarray, groups: dict[int, list[int]]) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from vtprune.cli.console import (
     mistakes,
     out,
     print_json,
+    put_between,
     share,
     size,
     strategy,
@@ -233,11 +235,48 @@ def compare(
 
 
 @app.command("list")
-def list_(as_json: AsJson = False) -> None:
+def list_(
+    model: Annotated[
+        str | None, typer.Option(help="Hugging Face id or folder: what works on this model, and why the rest does not.")
+    ] = None,
+    families: Annotated[bool, typer.Option("--families", help="What works on which model family.")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(help="With --families: put the table between this page's families marks.")
+    ] = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
     """The strategies: what they serve, their stages, what they need, their papers."""
     with mistakes():
-        from vtprune.cli.listing import describe_all
+        from vtprune.cli.listing import describe_all, for_families, for_model, table_of_families, verdict
 
+        if families or markdown is not None:
+            if model is not None:
+                raise UserError("--families asks about all families, --model about one model; give one of them.")
+            found = for_families()
+            if markdown is not None:
+                put_between(markdown, "families", table_of_families(found))
+            if as_json:
+                print_json({title: of if isinstance(of, str) else _plain(of) for title, of in found.items()})
+            elif markdown is None:
+                out().print(table_of_families(found), soft_wrap=True, markup=False)
+            return
+        if model is not None:
+            asked = for_model(model, trust_remote_code)
+            if as_json:
+                print_json(_plain(asked))
+                return
+            table = Table(box=None, pad_edge=False, header_style="bold")
+            for column in ("name", "works", "pictures", "videos", "remarks"):
+                table.add_column(column, no_wrap=column == "name")
+            for name, one in asked.items():
+                why = (
+                    one.reason or one.note or "; ".join(f"{stage}: {reason}" for stage, reason in one.stages.items() if reason)
+                )
+                yes = ["yes" if it else "-" for it in (one.pictures, one.videos)]
+                table.add_row(escape(name), verdict(one), *yes, escape(why))
+            out().print(table)
+            return
         rows = describe_all()
         if as_json:
             print_json(rows)
@@ -253,6 +292,11 @@ def list_(as_json: AsJson = False) -> None:
             stages = ", ".join(row["stages"])
             table.add_row(escape(name), row["serves"], stages, row["positions"], needs, escape(paper), year)
         out().print(table)
+
+
+def _plain(asked: dict) -> dict[str, Any]:
+    """What `supports` says, JSON-ready."""
+    return {name: {**dataclasses.asdict(one), "works": one.works} for name, one in asked.items()}
 
 
 bench_app = typer.Typer()

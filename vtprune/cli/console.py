@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -184,3 +185,20 @@ def flops(count: float) -> str:
 def share(part: float, whole: float) -> str:
     """`12 %` or, without a whole, nothing."""
     return f"{100 * part / whole:.0f} %" if whole else ""
+
+
+def put_between(path: Path, mark: str, text: str) -> None:
+    """Write `text` between the lines `<!-- MARK:begin ... -->` and `<!-- MARK:end -->` of a page.
+
+    Raises:
+        UserError: if the page or its marks are not there.
+    """
+    try:
+        page = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}.") from error
+    found = re.search(rf"<!-- {re.escape(mark)}:begin.*?-->\n(.*?)<!-- {re.escape(mark)}:end -->", page, re.DOTALL)
+    if found is None:
+        raise UserError(f"{path.name} has no place for it: lines <!-- {mark}:begin --> and <!-- {mark}:end --> are needed.")
+    made = page[: found.start(1)] + text.rstrip() + "\n" + page[found.end(1) :]
+    write_whole(path, lambda place: place.write_text(made, encoding="utf-8"))

@@ -37,6 +37,7 @@ def report_of(run: Pass) -> Report | None:
                 foreign=sorted(item.foreign),
                 images=list(item.sizes),
                 grids=[grid(run.records[i].layout) for i in images],
+                views=[run.plan.site.views(run.records[i].layout) for i in images],
                 slots=_slots(run, images),
                 frames=[run.records[i].layout.frames for i in images],
                 plans=[run.image_items[i].plan for i in images],

@@ -8,10 +8,12 @@ features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from vtprune.engine.attention import Request, kernel_mask, rows_ahead
 from vtprune.engine.cache import OLD_NAME, PrunedLayer, cache_name, check_cache, is_pruned, pruned_layer
 from vtprune.engine.encoding import ImageTokens
-from vtprune.engine.items import Choice, Item, checked, slice_rows, stack_carry, unstack_carry
+from vtprune.engine.items import Choice, Doubts, Item, Past, checked, nothing_past, slice_rows, stack_carry, unstack_carry
 from vtprune.engine.stream import Stream, compress, groups, join_valid, take
 from vtprune.families.base import Site
 from vtprune.measure.clock import Clock
@@ -79,13 +81,12 @@ class Decision:
     Parameters:
         images: per image, what entered the decoder, and the vectors it was given there, if any.
         layers: per layer, the numbers of those that went on, in order, and the vectors they were given, if any.
-        merged, foreign: as in `Item`, at the end.
+        past: as in `Item`, at the end.
     """
 
     images: list[tuple[Item, Tensor | None]]
     layers: dict[int, tuple[Tensor, Tensor | None]]
-    merged: dict[int, list[int]]
-    foreign: list[int]
+    past: Callable[[], Past]
 
 
 class Pass:
@@ -123,6 +124,7 @@ class Pass:
         self.replays: list[Decision | None] | None = None
         self.evicted: dict[int, Tensor] = {}
         self.notes: list[str] = []
+        self.doubts = Doubts()
         self.cutting: set[int] = set()
         # embeddings at the fed length, and what `select` and `prefill` put in their place: for `Needs.inputs`, replays
         self.embeds: Tensor | None = None
@@ -131,6 +133,7 @@ class Pass:
         self.went_on: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {}
         # of the images fed in this pass: which belong to each row, what the encoder left of them, what entered
         self.images: list[list[int]] = []
+        self.places: list[int] = []  # placeholders per row
         self.records: list[ImageTokens] = []
         self.image_items: list[Item] = []
 
@@ -172,16 +175,16 @@ class Pass:
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim != 2 and not asks and not pruned_before:
             mask = None  # transformers makes its own 4-D masks for caches that it compiles; nothing will be cut here
-        valid = self.fed_valid = self._read_mask(mask, past, length)
+        valid, real, left = self._read_mask(mask, past, batch, length)
+        self.fed_valid = valid
         self.logical = kwargs.get("position_ids")
         if self.logical is not None and self.logical.ndim == 3 and self.logical.shape[0] == 4:
             self.logical = self.logical[1:]  # the first axis only tells packed sequences apart
         if self.logical is None:
             self.logical = torch.arange(past, past + length, device=device)[None]
         index = torch.arange(length, device=device).expand(batch, -1)
-        left = valid is None or bool(valid[:, -1].all())  # rows that end with padding are padded on the right
         visual = torch.full((batch, length), -1, device=device)
-        self.stream = Stream(length, index, valid, visual, left=left)
+        self.stream = Stream(length, index, valid, visual, left=left, real=real, seen=[0] * batch)
         if self.features:
             kwargs = self._enter(embeds, kwargs, past, use_cache)
         # from here on each layer gets its own mask; the model must not build one for lengths that layers do not have
@@ -189,47 +192,58 @@ class Pass:
             kwargs = {**kwargs, "attention_mask": None}
         return kwargs
 
-    def _read_mask(self, mask: Tensor | None, past: int, length: int) -> Tensor | None:
-        """Split a padding mask into what is cached and what is fed; None where nothing is padded."""
+    def _read_mask(self, mask: Tensor | None, past: int, batch: int, length: int) -> tuple[Tensor | None, list[int], bool]:
+        """Split a padding mask into what is cached and what is fed.
+
+        Returns:
+            bool [B, length] of what is fed, None where nothing is padded; real tokens per row; whether padding is on the left.
+        """
+        whole = None, [length] * batch, True
         if mask is None:
-            return None
+            return whole
         if mask.ndim != 2:
             raise UnsupportedError(
                 f"a {mask.ndim}-D attention mask together with pruning: token numbers in it would no longer hold. Pass the "
                 f"2-D padding mask [batch, tokens], or none."
             )
         mask = mask.bool()
-        if bool(mask.all()):
-            return None
+        fed = mask[:, -length:]
+        # decides shapes; one read
+        *real, left, every = torch.cat([fed.sum(1), mask[:, -1:].all()[None], mask.all()[None]]).tolist()
+        if every:
+            return whole
         self.past_valid = mask[:, :past] if past else None
-        return mask[:, -length:]
+        return fed, real, bool(left)  # rows that end with padding are padded on the right
 
     def _enter(self, embeds: Tensor, kwargs: dict, past: int, use_cache: bool) -> dict:
         """Number the visual tokens, run `select`, and shorten the embeddings by all that has left so far."""
         records = [ImageTokens.of(f) for f in self.features]
-        where = self.placeholders.nonzero()
+        self.places = self.placeholders.sum(1).tolist()  # decides shapes
         fed = [r.layout.placeholders for r in records]
-        if len(where) != sum(fed):
+        if sum(self.places) != sum(fed):
             raise UnsupportedError(
-                f"the prompt has {len(where)} image placeholder tokens, the images make {sum(fed)} tokens. Let the "
+                f"the prompt has {sum(self.places)} image placeholder tokens, the images make {sum(fed)} tokens. Let the "
                 f"processor build prompt and images together, one placeholder per image."
             )
-        first = torch.tensor([0, *fed], device=where.device).cumsum(0)
-        ends, rows = where[first[1:] - 1, 0].tolist(), where[first[:-1], 0].tolist()
-        if rows != ends:
-            raise UnsupportedError("an image's placeholder tokens are spread over two samples of the batch.")
+        first = list(accumulate(fed, initial=0))
+        ends = list(accumulate(self.places))
         self.images = [[] for _ in range(embeds.shape[0])]
-        for image, row in enumerate(rows):
+        for image, (start, count) in enumerate(zip(first, fed, strict=False)):
+            row = min(bisect_right(ends, start), len(ends) - 1)
+            if start + count > ends[row]:
+                raise UnsupportedError("an image's placeholder tokens are spread over two samples of the batch.")
             self.images[row].append(image)
+        # places in the flattened batch, in order; a nonzero() would wait for the device to count them
+        slots = torch.sort(self.placeholders.flatten(), descending=True, stable=True).indices[: sum(fed)]
         # separators among the placeholders are no visual tokens: they are neither offered nor dropped
         is_visual = self.placeholders
         if any(r.layout.visual is not None for r in records):
-            slots = [r.layout.slots(where.device) + at for r, at in zip(records, first.tolist(), strict=False)]
-            where = where[torch.cat(slots)]
-            is_visual = torch.zeros_like(self.placeholders).index_put((where[:, 0], where[:, 1]), torch.tensor(True))
-        total = len(where)
-        starts = torch.tensor([0, *(r.size for r in records)]).cumsum(0)
+            slots = slots[torch.cat([r.layout.slots(slots.device) + at for r, at in zip(records, first, strict=False)])]
+            is_visual = torch.zeros_like(is_visual).view(-1).index_fill_(0, slots, True).view_as(is_visual)
+        starts = list(accumulate((r.size for r in records), initial=0))
+        total = starts[-1]
         self.stream.visual.copy_(torch.where(is_visual, is_visual.long().cumsum(1) - 1, -1))
+        self.stream.seen = [sum(records[i].size for i in images) for images in self.images]
 
         if past == 0 and not use_cache:
             self.replays = self._find_replays(records)
@@ -242,17 +256,18 @@ class Pass:
                     if vectors is not None:
                         self.selected[image] = vectors
         elif self.plan.pruner.part("select") is not None:
-            self._select(items, records, where, starts, embeds)
+            self._select(items, records, slots, starts, embeds)
         if self.selected or any(item.ordered for item in items):
-            embeds = self._arrange(items, where, starts, embeds.clone(memory_format=torch.contiguous_format))
+            embeds = self._arrange(items, slots, starts, embeds.clone(memory_format=torch.contiguous_format))
             kwargs = {**kwargs, "inputs_embeds": embeds}
         self.embeds = embeds
 
         if sum(len(item.index) for item in items) < total:
             alive = torch.zeros(total, dtype=torch.bool, device=embeds.device)
-            alive[torch.cat([item.index + start for item, start in zip(items, starts.tolist(), strict=False)])] = True
+            alive.index_fill_(0, torch.cat([item.index + start for item, start in zip(items, starts, strict=False)]), True)
             lost = is_visual.masked_scatter(is_visual, ~alive)
-            self.stream, gather = self.stream.drop(lost)
+            dropped = [sum(records[i].size - len(items[i].index) for i in images) for images in self.images]
+            self.stream, gather = self.stream.drop(lost, dropped)
             kwargs = {
                 **kwargs,
                 "inputs_embeds": take(embeds, gather),
@@ -265,7 +280,7 @@ class Pass:
         self.cutting = self._cutting_layers()
         for item, decision in zip(self.items, self.replays or [], strict=False):
             if decision is not None:
-                item.merged, item.foreign = decision.merged, decision.foreign
+                item.past = decision.past
         return kwargs
 
     def _cutting_layers(self) -> set[int]:
@@ -309,19 +324,24 @@ class Pass:
         for item in items:
             offsets.append(offsets[-1] + item.sizes[0])
         names = set.intersection(*(set(i.carry) for i in items))
+
+        pasts = [(item.past, offset) for item, offset in zip(items, offsets, strict=False)]
+
+        def past() -> Past:
+            found = [(*before(), o) for before, o in pasts]
+            merged = {k + o: [v + o for v in vs] for part, _, o in found for k, vs in part.items()}
+            return merged, [n + o for _, part, o in found for n in part]
+
         return Item(
             torch.cat([item.index + o for item, o in zip(items, offsets, strict=False)]),
             tuple(item.sizes[0] for item in items),
             {name: torch.cat([i.carry[name] for i in items]) for name in names},
-            {k + o: [v + o for v in vs] for item, o in zip(items, offsets, strict=False) for k, vs in item.merged.items()},
-            [n + o for item, o in zip(items, offsets, strict=False) for n in item.foreign],
+            nothing_past if all(item.past is nothing_past for item in items) else cache(past),
         )
 
-    def _arrange(self, items: list[Item], where: Tensor, starts: Tensor, embeds: Tensor) -> Tensor:
+    def _arrange(self, items: list[Item], slots: Tensor, begins: list[int], embeds: Tensor) -> Tensor:
         """Write the vectors that `select` made, and move the tokens of rearranged images to the slots of their order."""
         flat = embeds.view(-1, embeds.shape[-1])
-        slots = where[:, 0] * embeds.shape[1] + where[:, 1]
-        begins = starts.tolist()
         for image, vectors in self.selected.items():
             flat[slots[items[image].index + begins[image]]] = vectors.to(flat.dtype)
         if any(item.ordered for item in items):
@@ -333,7 +353,7 @@ class Pass:
                     flat[here], visual[here], moved[here] = flat[there], visual[there], moved[there]
         return embeds
 
-    def _select(self, items: list[Item], records: list[ImageTokens], where: Tensor, starts: Tensor, embeds: Tensor) -> None:
+    def _select(self, items: list[Item], records: list[ImageTokens], slots: Tensor, starts: list[int], embeds: Tensor) -> None:
         strategy = self.plan.pruner.part("select")
         first = {image: at for images in self.images for at, image in enumerate(images)}
         text_of: dict[int, tuple[Tensor, Tensor]] = {}
@@ -341,14 +361,13 @@ class Pass:
 
         def text(row: int) -> tuple[Tensor, Tensor]:
             if row not in text_of:
-                none = torch.zeros(0, dtype=torch.long, device=embeds.device)
-                ids = none if self.input_ids is None else self.input_ids[row][text_mask[row]]
-                text_of[row] = embeds[row][text_mask[row]], ids
+                count = self.stream.real[row] - self.places[row]
+                here = torch.sort(text_mask[row], descending=True, stable=True).indices[:count]
+                text_of[row] = embeds[row][here], here[:0] if self.input_ids is None else self.input_ids[row][here]
             return text_of[row]
 
         row_of = {image: row for row, images in enumerate(self.images) for image in images}
         flat = embeds.reshape(-1, embeds.shape[-1])
-        slots = where[:, 0] * embeds.shape[1] + where[:, 1]
         grid = self.plan.site.grid
         units = self._units(strategy, records)
         asked = [items[unit[0]] if len(unit) == 1 else self._join([items[i] for i in unit]) for unit in units]
@@ -356,20 +375,19 @@ class Pass:
         for group in groups([(len(item.index), item.sizes, shape) for item, shape in zip(asked, shapes, strict=True)]):
             members, images = [asked[u] for u in group], [units[u] for u in group]
             heads = [unit[0] for unit in images]
-            index = torch.stack([item.index for item in members])
             # images of a sample follow each other, so a joined item's numbers go on from its first image
-            begin = starts[torch.tensor(heads)].to(index.device)
+            places = torch.stack([item.index + starts[head] for item, head in zip(members, heads, strict=True)])
             view = SelectView(
-                index=index,
+                index=torch.stack([item.index for item in members]),
                 sizes=members[0].sizes,
                 carry=stack_carry(members),
                 notes=self.notes,
-                features=flat[slots[index + begin[:, None]]],
+                features=flat[slots[places]],
                 grid=grid(records[heads[0]].layout),
                 frames=max(len(images[0]), records[heads[0]].layout.frames),
                 ordinal=torch.tensor([first[i] for i in heads]),
-                text=[text(row_of[i])[0] for i in heads],
-                ids=[text(row_of[i])[1] for i in heads],
+                text=_Late([row_of[i] for i in heads], lambda row: text(row)[0]),
+                ids=_Late([row_of[i] for i in heads], lambda row: text(row)[1]),
                 videos=_videos([[records[i] for i in unit] for unit in images]),
             )
             with self.aside():
@@ -378,7 +396,7 @@ class Pass:
                 unstack_carry(members, view.carry)
             if keep is None:
                 continue
-            choices = checked(keep, len(group), view.tokens, f"{strategy.name}.select")
+            choices = checked(keep, len(group), view.tokens, f"{strategy.name}.select", doubts=self.doubts)
             for unit, choice in zip(images, choices, strict=True):
                 for image, part in zip(unit, choice.split([len(items[i].index) for i in unit]), strict=True):
                     items[image].cut(part)
@@ -403,9 +421,11 @@ class Pass:
         """Cut before `layer` if its turn has come; give it mask, positions and cache layer where they differ."""
         if not self.active:
             return None
-        with self.clock.span("selection"):
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if layer in self.cutting:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cuts = layer in self.cutting
+        # masks and positions are made at the first layer of a stream; after that there is nothing to count
+        with self.clock.span("selection") if cuts or not self.streams or self.streams[-1] is not self.stream else nullcontext():
+            if cuts:
                 hidden = self._cut(layer, hidden, kwargs)
             self.streams.append(self.stream)
             if not (self.stream.pruned or is_pruned(self.cache, layer)):
@@ -414,32 +434,32 @@ class Pass:
             return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
     def _layer_arguments(self, layer: int, hidden: Tensor, kwargs: dict) -> dict:
-        stream, kernel = self.stream, self.plan.kernel
+        stream = self.stream
         past, past_valid, shift, cached = 0, None, None, None
         if self.cache is not None:
             cached = pruned_layer(self.cache, layer, self.past_valid)
             past, past_valid, shift = cached.physical, cached.valid, cached.shift
-        queries = stream.index.shape[1]
-        keys_valid = stream.memo(
-            ("valid", past, id(past_valid)),
-            lambda: join_valid(past_valid, past, stream.valid, stream.index),
-            past_valid,
-        )
-        mask = stream.memo(
-            ("mask", kernel, past, id(keys_valid)),
-            lambda: kernel_mask(kernel, queries, past, keys_valid, stream.index, hidden.dtype),
-            keys_valid,
-        )
-        positions, rotary = stream.memo(("rope", id(shift)), lambda: self._rotary(hidden, shift), shift)
+
+        def make() -> tuple[dict, Tensor | None, Tensor | None]:
+            kernel, queries = self.plan.kernel, stream.index.shape[1]
+            keys_valid = join_valid(past_valid, past, stream.valid, stream.index)
+            mask = kernel_mask(kernel, queries, past, keys_valid, stream.index, hidden.dtype)
+            positions, rotary = self._rotary(hidden, shift)
+            given = {"attention_mask": mask, "position_embeddings": rotary}
+            if kwargs.get("position_ids") is not None:
+                # flash kernels read gaps in position ids as packed sequences; the rotation is already in the embeddings
+                given["position_ids"] = None if "flash" in kernel else positions
+            further = shift
+            if self.plan.compact and stream.pruned:
+                dropped = stream.gone.sum(1)
+                further = dropped if shift is None else shift + dropped
+            return given, keys_valid, further
+
+        # layers in the same state share the very same tensors, so that they are found again by identity in later passes
+        given, keys_valid, further = stream.memo((past, id(past_valid), id(shift)), make, past_valid, shift)
         if cached is not None:
             cached.expect(stream.length, keys_valid, stream.pruned)
-            if self.plan.compact and stream.pruned:
-                dropped = stream.memo("dropped", lambda: stream.gone.sum(1))
-                cached.shift = stream.memo(("shift", id(shift)), lambda: dropped if shift is None else shift + dropped, shift)
-        given = {"attention_mask": mask, "position_embeddings": rotary}
-        if kwargs.get("position_ids") is not None:
-            # flash kernels read gaps in position ids as packed sequences; the rotation is already in the embeddings
-            given["position_ids"] = None if "flash" in kernel else positions
+            cached.shift = further
         return given
 
     def _rotary(self, hidden: Tensor, shift: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -451,7 +471,7 @@ class Pass:
         choices = self._replayed(layer) if self.replays is not None else self._ask_prefill(layer, hidden, kwargs)
         counts, slots, _ = self.stream.visual_slots()
         lost = torch.zeros(self.stream.index.shape, dtype=torch.bool, device=hidden.device)
-        some, copied = False, False
+        dropped, copied = [0] * len(counts), False
         for row, choice in choices.items():
             here = there = slots[row, choice.kept]
             if choice.ordered:
@@ -461,12 +481,11 @@ class Pass:
                 hidden, copied = (hidden if copied else hidden.clone()), True
                 hidden[row, here] = hidden[row, there] if choice.hidden is None else choice.hidden.to(hidden.dtype)
             if len(here) < counts[row]:
-                lost[row, slots[row, : counts[row]]] = True
-                lost[row, here] = False
-                some = True
-        if not some:
+                lost[row].index_fill_(0, slots[row, : counts[row]], True).index_fill_(0, here, False)
+                dropped[row] = counts[row] - len(here)
+        if not any(dropped):
             return hidden
-        self.stream, gather = self.stream.drop(lost)
+        self.stream, gather = self.stream.drop(lost, dropped)
         return take(hidden, gather)
 
     def _ask_prefill(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[int, Choice]:
@@ -491,7 +510,7 @@ class Pass:
             unstack_carry(members, view.carry)
             if keep is None:
                 continue
-            found = checked(keep, len(group), view.tokens, f"{strategy.name}.prefill", least=0)
+            found = checked(keep, len(group), view.tokens, f"{strategy.name}.prefill", least=0, doubts=self.doubts)
             for row, choice in zip(group, found, strict=True):
                 if choice.changes(view.tokens):
                     choices[row] = choice
@@ -666,10 +685,11 @@ class Pass:
             keep = strategy.decode(view)
             if keep is None:
                 continue
-            for row, choice in zip(group, checked(keep, len(group), view.tokens, f"{strategy.name}.decode", 0), strict=True):
+            found = checked(keep, len(group), view.tokens, f"{strategy.name}.decode", least=0, doubts=self.doubts)
+            for row, choice in zip(group, found, strict=True):
                 if len(choice.kept) < view.tokens:
-                    lost[row, slots[row, : counts[row]]] = True
-                    lost[row, slots[row, choice.kept]] = False
+                    lost[row].index_fill_(0, slots[row, : counts[row]], True)
+                    lost[row].index_fill_(0, slots[row, choice.kept], False)
                     some = True
         if not some:
             return
@@ -693,8 +713,7 @@ class Pass:
                     decision = Decision(
                         [(self.image_items[i], self.selected.get(i)) for i in images],
                         {layer: rows[row] for layer, rows in self.went_on.items() if row in rows},
-                        self.items[row].merged,
-                        self.items[row].foreign,
+                        self.items[row].past,
                     )
                 record = self.records[images[0]]
                 if id(record.replays) not in fresh:
@@ -704,8 +723,22 @@ class Pass:
 
     def computed(self, row: int, layer: int) -> Tensor:
         """Numbers of a sample's visual tokens that `layer` ran on, in the order in which it did."""
-        counts, _, numbers = self.streams[layer].visual_slots()
-        return numbers[row, : counts[row]]
+        stream = self.streams[layer]
+        counts, _, numbers = stream.visual_slots()
+        return stream.memo(("computed", row), lambda: numbers[row, : counts[row]])
+
+
+class _Late(Sequence):
+    """What `find` gives for each of `keys`, found when it is asked for."""
+
+    def __init__(self, keys: list[int], find: Callable[[int], Tensor]):
+        self.keys, self.find = keys, find
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, at):
+        return [self.find(key) for key in self.keys[at]] if isinstance(at, slice) else self.find(self.keys[at])
 
 
 def _videos(units: list[list[ImageTokens]]) -> list[Frames]:

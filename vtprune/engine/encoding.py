@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from vtprune.engine.attention import Request, padding_mask
-from vtprune.engine.items import Choice, Item, checked, slice_rows, stack_carry, unstack_carry
+from vtprune.engine.items import Choice, Doubts, Item, Past, checked, nothing_past, slice_rows, stack_carry, unstack_carry
 from vtprune.engine.stream import groups
 from vtprune.families.base import Layout, layouts_by_packing
 from vtprune.measure.clock import Clock
@@ -46,6 +47,10 @@ class Start:
         return cls(tall * wide, torch.tensor(number, device=device), grid, {k: v for k, v in merged.items() if v})
 
 
+# pictures of so many different sizes are remembered
+_LAYOUTS = 256
+
+
 class Encoding:
     """One run of the vision encoder over a batch of images.
 
@@ -56,6 +61,7 @@ class Encoding:
         needs: its declaration per block; depth: blocks that feed the projector; special: tokens before the patches.
         start: where pictures were scaled down first, what is left.
         tiles: pictures that each image goes in as, or None where each is one.
+        known: layouts by picture size, of this call and those before it.
     """
 
     def __init__(
@@ -69,13 +75,16 @@ class Encoding:
         clock,
         start: Start | None = None,
         tiles: list[int] | None = None,
+        known: dict | None = None,
     ):
         self.pruner, self.needs, self.depth, self.special = pruner, needs, depth, special
         self.kernel, self.grid, self.clock, self.start = kernel, grid, clock, start
         self.parts = None if tiles is None else [(at, n) for n in tiles for at in range(n)]
+        self.known: dict[tuple, Layout] = {} if known is None else known
         self.layouts: list[Layout] | None = None
         self.unpooled: Tensor | None = None  # what went into the pooling of a video's frames
         self.notes: list[str] = []
+        self.doubts = Doubts()
         self.items: list[Item] = []
         self.sequence = 0
         self.lengths: list[list[int]] = []
@@ -93,16 +102,8 @@ class Encoding:
 
     def pack(self, packing: Callable, arguments: dict):
         """Run the model's packing of tiles on features at full length, and note the layouts that it makes."""
-        self.layouts = layouts = layouts_by_packing(
-            packing,
-            {
-                **arguments,
-                "image_features": [
-                    feature.new_zeros(len(feature), feature.shape[1] if self.pruner is None else self.items[0].sizes[0], 1)
-                    for feature in arguments["image_features"]
-                ],
-            },
-        )
+        patches = None if self.pruner is None else self.items[0].sizes[0]
+        self.layouts = layouts = self._layouts(packing, arguments, patches)
         if self.pruner is not None:
             arguments = {
                 **arguments,
@@ -114,6 +115,24 @@ class Encoding:
         if [layout.tiles for layout in layouts] != [len(f) for f in arguments["image_features"]]:
             raise VtpruneError("the model packed other tiles than it was expected to.")
         return packing(**arguments)
+
+    def _layouts(self, packing: Callable, arguments: dict, patches: int | None) -> list[Layout]:
+        """The layouts of `pack`; those of sizes that were packed before are remembered."""
+        sizes = torch.as_tensor(arguments["image_sizes"]).tolist()
+        found = []
+        for at, feature in enumerate(arguments["image_features"]):
+            tokens = feature.shape[1] if patches is None else patches
+            rest = tuple(value for value in arguments.values() if isinstance(value, (str, int)))
+            newline = arguments.get("image_newline") is not None
+            key = (*sizes[at], len(feature), tokens, newline, feature.device, rest)
+            if key not in self.known:
+                if len(self.known) >= _LAYOUTS:
+                    self.known.clear()
+                one = {"image_features": [feature.new_zeros(len(feature), tokens, 1)]}
+                one["image_sizes"] = arguments["image_sizes"][at : at + 1]
+                self.known[key] = layouts_by_packing(packing, {**arguments, **one})[0]
+            found.append(self.known[key])
+        return found
 
     def count(self, tokens: int) -> None:
         """Note what a block of a sealed encoder runs on: all pictures' patches in one sequence."""
@@ -130,7 +149,7 @@ class Encoding:
                 self.items = [Item(index, (patches,)) for _ in range(hidden.shape[0])]
             else:
                 start = self.start
-                first = Item(start.index, (start.size,), merged=start.merged, cuts=[(-1, start.index)])
+                first = Item(start.index, (start.size,), past=lambda: (start.merged, []), cuts=[(-1, start.index)])
                 self.items = [first.copy() for _ in range(hidden.shape[0])]
             self.sequence = self.special + self.items[0].sizes[0]
         self.lengths.append([self.special + n for n in self.counts])
@@ -204,7 +223,8 @@ class Encoding:
                     f"{self.pruner.name}.encode returned a choice after block {block}, but the projector is fed by the block "
                     f"before it: nothing can be dropped any more, only looked at."
                 )
-            for i, choice in zip(group, checked(keep, len(group), n, f"{self.pruner.name}.encode"), strict=True):
+            choices = checked(keep, len(group), n, f"{self.pruner.name}.encode", doubts=self.doubts)
+            for i, choice in zip(group, choices, strict=True):
                 if choice.changes(n):
                     self.items[i].cut(choice)
                     self.items[i].cuts.append((block, self.items[i].index))
@@ -322,14 +342,9 @@ def join_tiles(items: list[Item], layout: Layout) -> Item:
     joined = Item(index[stays], (layout.size,), ordered=ordered)
     for name in set.intersection(*(set(item.carry) for item in items)):
         joined.carry[name] = torch.cat([item.carry[name] for item in items])[stays]
-    if any(item.merged or item.foreign for item in items):
-        known = number.tolist()
-        for at, item in enumerate(items):
-            local = known[at * layout.patches : (at + 1) * layout.patches]
-            joined.foreign += [local[n] for n in item.foreign if local[n] >= 0]
-            for kept, gone in item.merged.items():
-                if local[kept] >= 0:
-                    joined.merged[local[kept]] = [local[n] for n in gone if local[n] >= 0]
+    if any(item.past is not nothing_past for item in items):
+        pasts = [item.past for item in items]
+        joined.past = cache(lambda: _joined_past(pasts, number.tolist(), layout.patches))
     for block in sorted({block for item in items for block, _ in item.cuts}):
         left = []
         for at, item in enumerate(items):
@@ -338,6 +353,20 @@ def join_tiles(items: list[Item], layout: Layout) -> Item:
             left.append(number[patches + at * layout.patches])
         joined.cuts.append((block, torch.cat([n[n >= 0] for n in left])))
     return joined
+
+
+def _joined_past(pasts: list[Callable[[], Past]], number: list[int], patches: int) -> Past:
+    """What was merged within tiles, by the numbers that their patches have in the image (-1: none)."""
+    merged: dict[int, list[int]] = {}
+    foreign: list[int] = []
+    for at, past in enumerate(pasts):
+        local = number[at * patches : (at + 1) * patches]
+        within, strange = past()
+        foreign += [local[n] for n in strange if local[n] >= 0]
+        for kept, gone in within.items():
+            if local[kept] >= 0:
+                merged[local[kept]] = [local[n] for n in gone if local[n] >= 0]
+    return merged, foreign
 
 
 def _full_length(feature: Tensor, item: Item) -> Tensor:

@@ -18,7 +18,8 @@ def identify(model: nn.Module) -> Model:
     """The model's name, decoder depth and fingerprint.
 
     The fingerprint covers the sizes of both halves and the decoder's first and last norm weights, rounded to bfloat16:
-    norms are never quantised, and that rounding is what every loading dtype has in common.
+    norms are never quantised, and that rounding is what every loading dtype has in common. It is empty for a model whose
+    weights are not at hand.
 
     Raises:
         UnsupportedError: if it is no model of a supported family.
@@ -26,11 +27,13 @@ def identify(model: nn.Module) -> Model:
     site = locate(model)
     config = site.base.config
     sizes = [[getattr(part, name, None) for name in _SIZES] for part in (config.text_config, config.vision_config)]
+    label = getattr(config, "_name_or_path", "") or type(model).__name__
     digest = hashlib.sha256(json.dumps(sizes).encode())
     for layer in (site.decoder_layers[0], site.decoder_layers[-1]):
         for name, weight in layer.named_parameters():
             if "norm" in name:
+                if weight.is_meta:  # no weights here, or offloaded to a disk: nothing can have been fitted to it
+                    return Model(label, len(site.decoder_layers), "")
                 rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
                 digest.update(rounded.view(torch.int16).numpy().tobytes())
-    name = getattr(config, "_name_or_path", "") or type(model).__name__
-    return Model(name, len(site.decoder_layers), digest.hexdigest()[:16])
+    return Model(label, len(site.decoder_layers), digest.hexdigest()[:16])

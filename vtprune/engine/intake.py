@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vtprune.engine.encoding import ImageTokens
 from vtprune.engine.items import Item
-from vtprune.families.base import Layout, Site
+from vtprune.families.base import Site
 from vtprune.pruner import UnsupportedError
 
 # modality -> the arguments that may hold its pixels; Video-LLaVA has a name of its own for pictures
@@ -30,14 +30,14 @@ class Call:
         input_ids: as fed, or None for embeddings.
         masks: modality -> bool [B, L], its placeholders; only of modalities that came.
         features: modality -> projected features per picture or video, in prompt order; filled as they are encoded.
-        runs: whether features that follow each other without a token between them are tiles of one image.
+        site: the model's places.
         clock, mark: where time is counted.
     """
 
     input_ids: Tensor | None
     masks: dict[str, Tensor] = field(default_factory=dict)
     features: dict[str, list[Tensor]] = field(default_factory=dict)
-    runs: bool = False
+    site: Site | None = None
     clock: Any = None
     mark: Any = None
 
@@ -50,7 +50,7 @@ class Call:
         """
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         encoded = given.get("mm_encoder_outputs") or {}
-        call = cls(ids, runs=site.family.runs)
+        call = cls(ids, site=site)
         length = (ids if ids is not None else embeds).shape[1]
         for modality, names in PIXELS.items():
             token = site.placeholder(modality)
@@ -77,7 +77,8 @@ class Call:
     def in_order(self) -> tuple[Tensor | None, list[Tensor]]:
         """All placeholders bool [B, L], and the features in the order in which they stand in the prompt."""
         came = [modality for modality in self.masks if self.features.get(modality)]
-        if len(came) == 1 and not self.runs:
+        runs = self.site.family.runs
+        if len(came) == 1 and not runs:
             return self.masks[came[0]], self.features[came[0]]
         if not came:
             return None, []
@@ -93,7 +94,7 @@ class Call:
                 at += count
         placed.sort(key=lambda one: one[0])
         mask = torch.stack([self.masks[modality] for modality in came]).any(0)
-        if not self.runs:
+        if not runs:
             return mask, [feature for _, _, feature in placed]
         images: list[list[Tensor]] = []
         end = -1
@@ -103,16 +104,17 @@ class Call:
                 images.append([])
             images[-1].append(feature)
             end = start + count
-        return mask, [_one_image(tiles) for tiles in images]
+        return mask, [_one_image(self.site, tiles) for tiles in images]
 
 
-def _one_image(tiles: list[Tensor]) -> Tensor:
+def _one_image(site: Site, tiles: list[Tensor]) -> Tensor:
     """Tiles that came as pictures of their own, as one image with a record of its own; the first tile remembers it."""
     if len(tiles) == 1:
         return tiles[0]
     joined, first = torch.cat(tiles), ImageTokens.of(tiles[0])
     index = torch.arange(len(joined), device=joined.device)
-    record = ImageTokens(Item(index, (len(joined),)), Layout(len(joined), tiles=len(tiles)), first.encoding, first.owner)
+    layout = site.joined([ImageTokens.of(tile).layout for tile in tiles])
+    record = ImageTokens(Item(index, (len(joined),)), layout, first.encoding, first.owner)
     record.replays = first.replays
     joined._vtprune = record
     return joined

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -71,6 +73,15 @@ def _within(numbers: Tensor, start: int, count: int) -> Tensor:
     return numbers[(numbers >= start) & (numbers < start + count)] - start
 
 
+# {survivor: numbers averaged into it}, and numbers of survivors whose vector stands for something else
+Past = tuple[dict[int, list[int]], list[int]]
+
+
+def nothing_past() -> Past:
+    """Of tokens that nothing was merged into."""
+    return {}, []
+
+
 @dataclass
 class Item:
     """What is known of the visual tokens of one image or sample, as pruning goes on.
@@ -79,8 +90,8 @@ class Item:
         index: LongTensor [N], the survivors' numbers before any pruning, in the order in which they flow.
         sizes: tokens of each of its images before any pruning.
         carry: per-token tensors [N, ...].
-        merged: {survivor: numbers averaged into it}.
-        foreign: numbers of survivors whose vector stands for something else.
+        past: gives `merged` and `foreign`, not to be changed. They are for the report alone and take reading from the device,
+            so they are found when they are asked for.
         cuts: (layer, survivors' numbers) after each cut.
         ordered: whether a strategy has rearranged them, so that `index` need not ascend.
         plan: what each frame of a video got, if a strategy said so.
@@ -89,18 +100,26 @@ class Item:
     index: Tensor
     sizes: tuple[int, ...]
     carry: dict[str, Tensor] = field(default_factory=dict)
-    merged: dict[int, list[int]] = field(default_factory=dict)
-    foreign: list[int] = field(default_factory=list)
+    past: Callable[[], Past] = nothing_past
     cuts: list[tuple[int, Tensor]] = field(default_factory=list)
     ordered: bool = False
     plan: FramePlan | None = None
 
+    @property
+    def merged(self) -> dict[int, list[int]]:
+        """{survivor: numbers averaged into it}."""
+        return self.past()[0]
+
+    @property
+    def foreign(self) -> list[int]:
+        """Numbers of survivors whose vector stands for something else."""
+        return self.past()[1]
+
     def cut(self, choice: Choice) -> None:
         """Keep the chosen tokens."""
-        if choice.into is not None or self.merged:
-            self._merge(choice.kept, choice.into)
-        if choice.foreign is not None:
-            self.foreign = [*self.foreign, *self.index[choice.foreign].tolist()]
+        if choice.into is not None or choice.foreign is not None or self.past is not nothing_past:
+            before, index = self.past, self.index
+            self.past = cache(lambda: _merged(before(), index, choice.kept, choice.into, choice.foreign))
         self.index = self.index[choice.kept]
         self.carry = {name: t[choice.kept] for name, t in self.carry.items()}
         self.ordered = self.ordered or choice.ordered
@@ -108,19 +127,22 @@ class Item:
 
     def copy(self) -> Item:
         """Another item with the same content, for another call over the same features."""
-        merged = {k: list(v) for k, v in self.merged.items()}
-        kept = (dict(self.carry), merged, list(self.foreign), list(self.cuts), self.ordered, self.plan)
-        return Item(self.index, self.sizes, *kept)
+        return Item(self.index, self.sizes, dict(self.carry), self.past, list(self.cuts), self.ordered, self.plan)
 
-    def _merge(self, kept: Tensor, into: Tensor | None) -> None:
-        numbers, alive = self.index.tolist(), set(kept.tolist())
-        targets = [-1] * len(numbers) if into is None else into.tolist()
+
+def _merged(before: Past, index: Tensor, kept: Tensor, into: Tensor | None, foreign: Tensor | None) -> Past:
+    """The past of what is left of `index` after a cut."""
+    merged = {survivor: list(gone) for survivor, gone in before[0].items()}
+    numbers, alive = index.tolist(), set(kept.tolist())
+    targets = [-1] * len(numbers) if into is None else into.tolist()
+    if into is not None or merged:
         for at, number in enumerate(numbers):
             if at in alive:
                 continue
-            gone = [number, *self.merged.pop(number, [])]
+            gone = [number, *merged.pop(number, [])]
             if targets[at] >= 0:
-                self.merged.setdefault(numbers[targets[at]], []).extend(gone)
+                merged.setdefault(numbers[targets[at]], []).extend(gone)
+    return merged, [*before[1], *([] if foreign is None else index[foreign].tolist())]
 
 
 def stack_carry(items: list[Item]) -> dict[str, Tensor]:
@@ -151,9 +173,44 @@ def slice_rows(rows: Rows | None, group: list[int], count: int) -> Rows | None:
     )
 
 
-def checked(keep: Keep, items: int, tokens: int, who: str, least: int = 1) -> list[Choice]:
+class Doubts:
+    """Checks whose outcome lies on a device: reading each when it is made would stall the device each time."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Tensor, str]] = []
+
+    def add(self, wrong: Tensor, message: str) -> None:
+        """Note a check, bool []; on the CPU it is read at once.
+
+        Raises:
+            VtpruneError: with the message, if it is true.
+        """
+        if wrong.device.type != "cpu":
+            self._found.append((wrong, message))
+        elif bool(wrong):
+            raise VtpruneError(message)
+
+    def settle(self) -> None:
+        """Read all checks together.
+
+        Raises:
+            VtpruneError: for the first that is true.
+        """
+        found, self._found = self._found, []
+        if found:
+            # a model's layers may lie on several devices
+            devices = {wrong.device for wrong, _ in found}
+            read = {device: iter(torch.stack([w for w, _ in found if w.device == device]).tolist()) for device in devices}
+            for wrong, message in found:
+                if next(read[wrong.device]):
+                    raise VtpruneError(message)
+
+
+def checked(keep: Keep, items: int, tokens: int, who: str, least: int = 1, doubts: Doubts | None = None) -> list[Choice]:
     """A strategy's answer, one choice per item.
 
+    Parameters:
+        doubts: where to leave checks that are to be read later; None reads them now.
     Raises:
         VtpruneError: for indices of the wrong shape, repeated, out of range, or none at all.
     """
@@ -163,18 +220,29 @@ def checked(keep: Keep, items: int, tokens: int, who: str, least: int = 1) -> li
     if len(indices) != items or any(i.dtype != torch.long or i.ndim != 1 for i in indices):
         raise VtpruneError(f"{who} returned indices for {len(indices)} of {items} items, or not as 1-D int64 per item.")
     hidden, into, foreign = (None if t is None else list(t) for t in (keep.hidden, keep.into, keep.foreign))
+    if any(len(index) < least for index in indices):
+        raise VtpruneError(f"{who} kept no token of an image; at least one must enter the decoder.")
+    # one check for all items where they keep equally many
+    sets = [keep.indices] if isinstance(keep.indices, Tensor) else [index[None] for index in indices]
+    sets = [rows.sort(-1).values for rows in sets]
+    now = Doubts() if doubts is None else doubts
+    for rows in sets:
+        if rows.shape[1]:
+            wrong = (rows[:, 0] < 0) | (rows[:, -1] >= tokens) | (rows[:, 1:] == rows[:, :-1]).any(1)
+            now.add(wrong.any(), f"{who} returned indices that repeat or lie outside 0 .. {tokens - 1}.")
+    if doubts is None:
+        now.settle()
+    elif sets[0].device.type != "cpu":
+        # an index out of range would end the whole process's use of the device before the check is read
+        sets, indices = [s.clamp(0, tokens - 1) for s in sets], [i.clamp(0, tokens - 1) for i in indices]
+    ascending = [row for rows in sets for row in rows]
     choices = []
     for at, index in enumerate(indices):
-        ascending = index.sort().values
-        if len(index) < least:
-            raise VtpruneError(f"{who} kept no token of an image; at least one must enter the decoder.")
-        if len(index) and bool((ascending[0] < 0) | (ascending[-1] >= tokens) | (ascending[1:] == ascending[:-1]).any()):
-            raise VtpruneError(f"{who} returned indices that repeat or lie outside 0 .. {tokens - 1}.")
         if hidden is not None and len(hidden[at]) != len(index):
             raise VtpruneError(f"{who} returned {len(hidden[at])} vectors for {len(index)} kept tokens.")
         choices.append(
             Choice(
-                index if keep.ordered else ascending,
+                index if keep.ordered else ascending[at],
                 None if hidden is None else hidden[at],
                 None if into is None else into[at],
                 keep.ordered,

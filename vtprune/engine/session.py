@@ -104,6 +104,7 @@ class Session:
         self._undo: list[Callable[[], None]] = []
         self._report: Report | None = None
         self._noted = False
+        self._layouts: dict = {}
 
     @property
     def report(self) -> Report:
@@ -139,7 +140,8 @@ class Session:
 
     def _attach(self) -> None:
         base, decoder = self.site.base, self.site.decoder
-        self._hook(self.model.register_forward_pre_hook, self._refuse_labels, with_kwargs=True)
+        self._hook(self.model.register_forward_pre_hook, self._before_model, with_kwargs=True)
+        self._hook(self.model.register_forward_hook, self._after_model, always_call=True)
         self._override(base, "get_image_features", self._encode)
         if self.site.family.videos is not None:
             self._override(base, "get_video_features", self._encode_video)
@@ -267,6 +269,7 @@ class Session:
             clock,
             start,
             None if self.site.family.tiles is None else self.site.family.tiles(self.site.base, given),
+            self._layouts,
         )
         if start is not None:
             encoding.notes.extend(notes)
@@ -395,9 +398,17 @@ class Session:
         encoding = getattr(self._local, "encoding", None)
         return () if encoding is None or self._is_aside else encoding.requests(block)
 
-    # ------------------------------------------------------------------ the base model
+    # ------------------------------------------------------------------ the whole model
 
-    def _refuse_labels(self, module, args, kwargs) -> None:
+    def _before_model(self, module, args, kwargs) -> None:
+        self._local.whole, self._local.done = True, None
+        self._refuse_labels(kwargs)
+
+    def _after_model(self, module, args, output) -> None:
+        self._local.whole = False
+        self._settle(output)
+
+    def _refuse_labels(self, kwargs: dict) -> None:
         if kwargs.get("labels") is not None and any(
             kwargs.get(name) is not None for name in (*PIXELS["image"], *PIXELS["video"], "mm_encoder_outputs")
         ):
@@ -405,6 +416,8 @@ class Session:
                 "labels= together with images on a pruned model: a loss over dropped tokens is not defined. Compute the loss "
                 "from the returned logits, or unwrap the model for training."
             )
+
+    # ------------------------------------------------------------------ the base model
 
     def _before_base(self, module, args, kwargs) -> None:
         self._local.call = None
@@ -455,6 +468,8 @@ class Session:
     def _after_base(self, module, args, output) -> None:
         # runs after an exception as well
         self._local.call = None
+        if not getattr(self._local, "whole", False):
+            self._settle(output)
 
     # ------------------------------------------------------------------ the language model
 
@@ -488,10 +503,19 @@ class Session:
         if call is not None and call.mark is not None:
             call.clock.stop(call.mark)
         running.remember()
-        report = report_of(running)
+        self._local.done = running
+        return changed
+
+    def _settle(self, output) -> None:
+        """Read the checks and write the report once all of the model has been launched, so that a GPU does not wait for it."""
+        done, self._local.done = getattr(self._local, "done", None), None
+        if done is None or output is None:  # None: the call raised
+            return
+        for doubts in [*dict.fromkeys(r.encoding.doubts for r in done.records if r.encoding is not None), done.doubts]:
+            doubts.settle()
+        report = report_of(done)
         report.notes = [*dict.fromkeys([*report.notes, *self._notes(report)])]
         self._report = report
-        return changed
 
     def _notes(self, report: Report) -> list[str]:
         notes = []

@@ -17,17 +17,18 @@ def groups(keys: Sequence[Hashable]) -> list[list[int]]:
     return list(found.values())
 
 
-def compress(alive: Tensor, left: bool) -> tuple[Tensor, Tensor | None]:
+def compress(alive: Tensor, left: bool, counts: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
     """Slots of each row that are alive, in order, padded to the longest row.
 
     Parameters:
         alive: bool [B, n].
         left: pad on the left (rows end together) rather than on the right.
+        counts: how many of each row are, where that is known; reading it stalls a GPU.
     Returns:
         LongTensor [B, m] into the n slots, and bool [B, m] marking the real ones (None if all rows are equally long).
     """
-    counts = alive.sum(1)
-    longest, shortest = torch.stack([counts.max(), counts.min()]).tolist()  # decides a shape
+    counts = alive.sum(1).tolist() if counts is None else counts  # decides a shape
+    longest, shortest = max(counts), min(counts)
     order = torch.sort(alive, dim=1, descending=not left, stable=True).indices
     index = order[:, order.shape[1] - longest :] if left else order[:, :longest]
     # a stable sort keeps the order of equals, in either direction
@@ -54,6 +55,8 @@ class Stream:
         left: padding side.
         moved: LongTensor [B, L] or None, where a strategy has rearranged visual tokens: the place that the token now in
             a fed slot came from.
+        real, seen: how many slots of each row are real, and how many are visual tokens, as far as that is known without
+            reading it from the device.
     """
 
     length: int
@@ -63,6 +66,8 @@ class Stream:
     gone: Tensor | None = None
     left: bool = True
     moved: Tensor | None = None
+    real: list[int] | None = None
+    seen: list[int] | None = None
     _cache: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -101,20 +106,28 @@ class Stream:
 
         def make():
             mask = self.numbers >= 0
-            counts = mask.sum(1).tolist()  # decides shapes
+            counts = mask.sum(1).tolist() if self.seen is None else self.seen  # decides shapes
             order = torch.sort(mask, dim=1, descending=True, stable=True).indices[:, : max(counts)]
             return counts, order, self.numbers.gather(1, order)
 
         return self.memo("visual", make)
 
-    def drop(self, lost: Tensor) -> tuple[Stream, Tensor]:
-        """The stream without the slots marked in `lost` (bool [B, n]), and the gather [B, m] that leads to it."""
+    def drop(self, lost: Tensor, dropped: Sequence[int] | None = None) -> tuple[Stream, Tensor]:
+        """The stream without the slots marked in `lost` (bool [B, n]), and the gather [B, m] that leads to it.
+
+        Parameters:
+            dropped: how many visual tokens of each row `lost` marks, where that is known.
+        """
         alive = ~lost if self.valid is None else self.valid & ~lost
-        gather, valid = compress(alive, self.left)
+        real, seen = (
+            None if known is None or dropped is None else [n - d for n, d in zip(known, dropped, strict=True)]
+            for known in (self.real, self.seen)
+        )
+        gather, valid = compress(alive, self.left, real)
         gone = torch.zeros_like(self.visual, dtype=torch.bool) if self.gone is None else self.gone.clone()
         gone.scatter_(1, self.index, lost | gone.gather(1, self.index))
         index = self.index.gather(1, gather)
-        return Stream(self.length, index, valid, self.visual, gone, self.left, self.moved), gather
+        return Stream(self.length, index, valid, self.visual, gone, self.left, self.moved, real, seen), gather
 
     def gap(self) -> Tensor:
         """LongTensor [B, n], how many visual tokens were dropped before each slot."""

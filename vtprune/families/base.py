@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtprune.places import View
 from vtprune.pruner import Frames, UnsupportedError
 
 
@@ -41,6 +42,7 @@ class Layout:
         tiles: pictures that the encoder saw of it; patches: of each of them.
         grid: (rows, columns) of its visual tokens where they form one grid that is not square; of a video, one frame's.
         frames: of a video (merged in time or not), whose tokens come frame by frame; 1 for a picture.
+        views: the grids that its visual tokens come in, where there are several; () for the one that `grid` says.
     """
 
     placeholders: int
@@ -50,6 +52,7 @@ class Layout:
     patches: int = 0
     grid: tuple[int, int] | None = None
     frames: int = 1
+    views: tuple[View, ...] = ()
 
     @property
     def size(self) -> int:
@@ -80,8 +83,22 @@ def layouts_by_packing(pack: Callable[..., Any], arguments: dict[str, Any]) -> l
         visual = (image[:, 0] >= 0).nonzero()[:, 0]
         patch = image[visual, 0]
         whole = bool((patch == patch.round()).all())
-        found.append(Layout(len(image), visual, patch.long() if whole else None, tiles, patches))
+        views = _packed_views(image[:, 0] < 0, tiles, patches)
+        found.append(Layout(len(image), visual, patch.long() if whole else None, tiles, patches, views=views))
     return found
+
+
+def _packed_views(separators: Tensor, tiles: int, patches: int) -> tuple[View, ...]:
+    """The picture as a whole, then its tiles as one grid, each row of which a separator ends; () where none tells the rows."""
+    side = math.isqrt(patches)
+    if side * side != patches:
+        return ()
+    if tiles == 1:
+        return (View(side, side),)
+    behind = separators[patches:]
+    rows = int(behind.sum())
+    columns = 0 if rows == 0 else len(behind) // rows - 1
+    return (View(side, side), View(rows, columns)) if rows * (columns + 1) == len(behind) > 0 else ()
 
 
 def plain_pixels(base: nn.Module, given: dict[str, Any], modality: str) -> list[Tensor]:
@@ -121,6 +138,7 @@ class Family:
         newline: name of the base model's separator of rows, or "".
         runs: tiles come as pictures of their own and those that follow each other in the prompt without a token between
             them are one image.
+        whole: which of an image's several tiles shows all of it: "first", "last", or "" if none does.
         sealed: why no token can leave inside the vision encoder, or "" if it can.
         positions: what positions the decoder's embedding allows.
         norm, query, key: names of the norm, query and key projections within a decoder block and its `self_attn`.
@@ -144,6 +162,7 @@ class Family:
     pixels: Callable[[nn.Module, dict[str, Any], str], list[Tensor]] = plain_pixels
     newline: str = ""
     runs: bool = False
+    whole: str = ""
     sealed: str = ""
     positions: tuple[str, ...] = ("original", "compact")
     norm: str = "input_layernorm"
@@ -264,6 +283,24 @@ class Site:
             tokens = tokens.size
         side = math.isqrt(tokens)
         return (side, side) if side * side == tokens else None
+
+    def views(self, layout: Layout) -> tuple[View, ...]:
+        """The grids that a picture's visual tokens come in; () if they form none, or for a video."""
+        if layout.views or layout.frames > 1:
+            return layout.views
+        grid = self.grid(layout)
+        return () if grid is None else (View(*grid),)
+
+    def joined(self, tiles: list[Layout]) -> Layout:
+        """The layout of an image whose tiles came as pictures of their own."""
+        size, count = sum(tile.placeholders for tile in tiles), len(tiles)
+        grids = [self.grid(tile) for tile in tiles]
+        if None in grids or len(set(grids)) > 1 or any(tile.visual is not None for tile in tiles):
+            return Layout(size, tiles=count)
+        at = {"first": 0, "last": count - 1}.get(self.family.whole) if count > 1 else None
+        cut = count - (at is not None)
+        order = [None if i == at else i - (at == 0) for i in range(count)]
+        return Layout(size, tiles=count, views=tuple(View(*grids[0], tile, 1 if tile is None else cut) for tile in order))
 
     def frames(
         self, given: dict[str, Any], pooled: Tensor | None, features: list[Tensor], layouts: list[Layout]

@@ -21,7 +21,7 @@ def _next_tiles(base: nn.Module, given: dict[str, Any]) -> list[int]:
     config = base.config
     return [
         image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        for size in given["image_sizes"]
+        for size in torch.as_tensor(given["image_sizes"]).tolist()
     ]
 
 

@@ -27,6 +27,7 @@ INTERNVL = Family(
     encoder_layers=("vision_tower.encoder.layer",),
     special_tokens=(),
     runs=True,
+    whole="last",
     sealed="its patches are merged two by two (pixel shuffle) before the projector, so they cannot leave one by one",
 )
 MISTRAL3 = Family(

@@ -8,10 +8,14 @@ cut later there than in a trained one.
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import inspect
 import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -61,12 +65,29 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """One timed run, in milliseconds; `report` is None for the bare model."""
+    """One timed run, in milliseconds.
+
+    Parameters:
+        prefill_ms: the whole forward up to the first logits; encoder_ms: of it, the vision encoder and what packs its
+            features; projector_ms: the projector.
+        ttft_ms: wall clock until the first token is known to the caller.
+        decode: each further token; total_ms: wall clock of all of it.
+        peak_bytes: what the prefill held at most above what was there before it, on an accelerator.
+        report: None for the bare model.
+    """
 
     prefill_ms: float
     encoder_ms: float
-    decode_ms: float | None
-    report: Report | None
+    projector_ms: float
+    ttft_ms: float
+    total_ms: float
+    decode: tuple[float, ...] = ()
+    peak_bytes: int | None = None
+    report: Report | None = None
+
+    @property
+    def decode_ms(self) -> float | None:
+        return statistics.median(self.decode) if self.decode else None
 
     @property
     def selection_ms(self) -> float:
@@ -94,12 +115,17 @@ class Row:
     """What one case cost, or why it could not run.
 
     Parameters:
-        label, strategy: what ran; keep: its budget, None for the bare model.
+        label, strategy: what ran; keep: its budget, None for the bare model; batch: samples.
         visual_tokens, entered, equivalent_tokens: per sample before pruning, entering the decoder, mean over layers.
-        prefill, encoder, decoder, selection, decode: milliseconds; `prefill` is the whole forward up to the first
-            logits, `encoder` its vision encoder and projector, `decoder` the rest, `decode` one more token.
+        prefill, encoder, projector, decoder, selection, decode: milliseconds; `prefill` is the whole forward up to the
+            first logits, `encoder` its vision encoder, `decoder` all but encoder and projector, `decode` one more token.
+        ttft, total: milliseconds of wall clock until the first token is known, and until all decode steps are done.
+        peak_bytes: the most that prefill held above the weights; on the CPU as torch's allocator counts it.
         kv_bytes, flops: of the prefill, by count.
-        flops_bound: the speed-up that the FLOPs alone would give; speedup: the one measured.
+        flops_bound: the speed-up that the FLOPs alone would give (encoder, projector, decoder); speedup: the one measured.
+        bound: milliseconds of the unpruned encoder and the bare decoder on a sequence of the pruned length (equivalent
+            tokens), in the same process; measured_bound: the speed-up that this would be.
+        flops_share, bound_share: how much of either bound was reached.
         selection_share: selection time over the bare model's prefill.
         error: why it could not run; everything measured is None then.
     """
@@ -107,20 +133,29 @@ class Row:
     label: str
     strategy: str
     keep: int | float | None = None
+    batch: int = 1
     visual_tokens: int | None = None
     entered: float | None = None
     equivalent_tokens: float | None = None
     prefill: Spread | None = None
     encoder: Spread | None = None
+    projector: Spread | None = None
     decoder: Spread | None = None
     selection: Spread | None = None
+    ttft: Spread | None = None
     decode: Spread | None = None
+    total: Spread | None = None
+    peak_bytes: int | None = None
     kv_bytes: int | None = None
     kv_bytes_full: int | None = None
     flops: int | None = None
     flops_full: int | None = None
     flops_bound: float | None = None
+    bound: Spread | None = None
+    measured_bound: float | None = None
     speedup: float | None = None
+    flops_share: float | None = None
+    bound_share: float | None = None
     selection_share: float | None = None
     error: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -163,42 +198,6 @@ def build(
     return model.eval()
 
 
-def make_inputs(model: nn.Module, batch: int, text_tokens: int, seed: int = 0, images: int = 1) -> dict[str, torch.Tensor]:
-    """Random pictures and prompts for `model`: half the text before the images, half after.
-
-    Parameters:
-        images: pictures per sample; a tiled model gets the largest picture that it takes.
-    Raises:
-        UnsupportedError: if text_tokens is below 2, batch or images below 1, or the prompt exceeds the decoder's positions.
-    """
-    if text_tokens < 2 or batch < 1 or images < 1:
-        raise UnsupportedError(f"batch={batch}, images={images}, text_tokens={text_tokens}: at least 1, 1 and 2.")
-    config, device, site = model.config, model.device, locate(model)
-    side, patch = config.vision_config.image_size, config.vision_config.patch_size
-    shape, more, image = (3, side, side), {}, images * (side // patch) ** 2
-    if site.family.tiles is not None:
-        # the largest picture that the model takes
-        largest = max(config.image_grid_pinpoints, key=lambda size: size[0] * size[1])
-        sizes = torch.tensor([largest]).repeat(batch * images, 1)
-        layout = site.layouts(sizes[:1])[0]
-        shape, more, image = (layout.tiles, *shape), {"image_sizes": sizes.to(device)}, images * layout.placeholders
-    limit = config.text_config.max_position_embeddings
-    if image + text_tokens >= limit:
-        raise UnsupportedError(f"{image} visual + {text_tokens} text tokens do not fit the decoder's {limit} positions.")
-    generator = torch.Generator().manual_seed(seed)
-    token = config.image_token_id
-    text = torch.randint(0, min(token, config.text_config.vocab_size), (batch, text_tokens), generator=generator)
-    before = text_tokens // 2
-    ids = torch.cat([text[:, :before], torch.full((batch, image), token), text[:, before:]], 1)
-    pixels = torch.randn(batch * images, *shape, generator=generator)
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": torch.ones_like(ids).to(device),
-        "pixel_values": pixels.to(device, model.dtype),
-        **more,
-    }
-
-
 def timed(model: nn.Module, inputs: dict[str, Any], case: Case, decode_steps: int = 0) -> Run:
     """Run `case` once: forward up to the first logits with a cache, then `decode_steps` greedy steps.
 
@@ -213,24 +212,91 @@ def timed(model: nn.Module, inputs: dict[str, Any], case: Case, decode_steps: in
             session = stack.enter_context(pruning(model, case.pruner, positions=case.positions))
         stack.enter_context(torch.inference_mode())
         clock = Clock(model.device)
-        stack.enter_context(_encoder_span(model, clock))
+        stack.enter_context(_spans(model, clock))
+        mask = inputs.get("attention_mask")
+        if mask is not None and bool(mask.all()):
+            mask = None  # as `generate` does in decode steps
+        before = _settled(clock)
+        begin = time.perf_counter()
         with clock.span("prefill"):
             output = model(**inputs, use_cache=True, logits_to_keep=1)
-        decode = None
-        if decode_steps:
-            name = cache_name(model)
-            token = output.logits[:, -1:].argmax(-1)
-            mask = inputs.get("attention_mask")
-            for _ in range(decode_steps):
-                more = {name: getattr(output, name)}
-                if mask is not None:
-                    mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-                    more["attention_mask"] = mask
-                with clock.span("decode"):
-                    output = model(input_ids=token, use_cache=True, **more)
+        token = output.logits[:, -1:].argmax(-1)
+        token.tolist()  # a caller waits for it, too
+        ttft = time.perf_counter() - begin
+        peak = None if clock.module is None else clock.module.max_memory_allocated() - before
+        name = cache_name(model)
+        for _ in range(decode_steps):
+            more = {name: getattr(output, name)}
+            if mask is not None:
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+                more["attention_mask"] = mask
+            with clock.span("decode"):
+                output = model(input_ids=token, use_cache=True, **more)
                 token = output.logits[:, -1:].argmax(-1)
-            decode = clock.total("decode") / decode_steps
-        return Run(clock.total("prefill"), clock.total("encoder"), decode, session.report if session else None)
+        if clock.module is not None:
+            clock.module.synchronize()
+        whole = time.perf_counter() - begin
+        projector = clock.total("projector")
+        return Run(
+            clock.total("prefill"),
+            clock.total("encoder") - projector,
+            projector,
+            1e3 * ttft,
+            1e3 * whole,
+            tuple(clock.each("decode")),
+            peak,
+            session.report if session else None,
+        )
+
+
+def timed_bound(model: nn.Module, inputs: dict[str, Any], embeds: torch.Tensor) -> float:
+    """Milliseconds of the unpruned vision encoder and then the bare decoder on `embeds` [B, n, D], up to the first logits."""
+    site = locate(model)
+    video = inputs.get("pixel_values_videos") is not None
+    encode = site.base.get_video_features if video else site.base.get_image_features
+    known = inspect.signature(encode).parameters
+    vision = {name: value for name, value in inputs.items() if name in known and name not in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        clock = Clock(model.device)
+        _settled(clock)
+        with clock.span("prefill"):
+            encode(**vision, return_dict=True)
+            output = site.decoder(inputs_embeds=embeds, use_cache=True)
+            model.get_output_embeddings()(output.last_hidden_state[:, -1:])
+        return clock.total("prefill")
+
+
+def launch_floor(model: nn.Module, repeats: int = 10) -> Spread:
+    """Milliseconds of a forward over one token, which no pruning can go below: launches and one read of the weights."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    found = []
+    with torch.inference_mode():
+        for turn in range(repeats + 2):
+            clock = Clock(model.device)
+            _settled(clock)
+            with clock.span("prefill"):
+                model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            if turn >= 2:
+                found.append(clock.total("prefill"))
+    return Spread.of(found)
+
+
+def allocated(run: Callable[[], Any]) -> int:
+    """The most bytes that torch's CPU allocator held at a time during `run`, above what it held before.
+
+    Counted from the allocations themselves (the profiler's memory events), as a process's resident size also shows what
+    the C library has not yet given back, and what other threads do. Scratch memory inside kernels' libraries is not in it.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 def measure(
@@ -241,70 +307,127 @@ def measure(
     warmup: int = 1,
     decode_steps: int = 0,
     tick: Callable[[str], None] = lambda label: None,
+    bounds: bool = False,
+    memory: bool = False,
 ) -> list[Row]:
     """Time the bare model and all `cases` in turn, `warmup` + `repeats` times over; medians of the last `repeats`.
 
-    A case that its strategy cannot serve gets a row with the reason. The first row is the bare model.
+    A case that cannot run (its strategy does not serve it, memory runs out) gets a row with the reason, and the others go
+    on. The first row is the bare model.
 
     Parameters:
         tick: called with a case's label before each run, for a progress bar.
+        bounds: also time what each case could reach at best, in the same rounds (`Row.bound`).
+        memory: on the CPU, also count allocations, in one more run of each case.
     """
-    bare = Case("unpruned")
-    count = timed(model, inputs, Case("", Everything())).report
-    runs: dict[int, list[Run]] = {i: [] for i in range(len(cases) + 1)}
+    every = [Case("unpruned"), *cases]
+    batch = len(inputs["input_ids"])
+    runs: dict[int, list[Run]] = {i: [] for i in range(len(every))}
     errors: dict[int, str] = {}
+    lengths: dict[int, int] = {}
+    ideal: dict[int, list[float]] = {}
+    # counted by the engine on a run in which everything stays
+    count, _ = attempt(lambda: timed(model, inputs, Case("", Everything())).report)
     for turn in range(warmup + repeats):
-        for i, case in enumerate([bare, *cases]):
+        for i, case in enumerate(every):
             tick(case.label)
             if i in errors:
                 continue
-            try:
-                run = timed(model, inputs, case, decode_steps)
-            except VtpruneError as error:
-                errors[i] = str(error)
+            run, error = attempt(lambda case=case: timed(model, inputs, case, decode_steps))
+            if error is not None:
+                errors[i] = error
                 continue
             if turn >= warmup:
                 runs[i].append(run)
-    full = statistics.median(run.prefill_ms for run in runs[0])
+            if bounds and run.report is not None:
+                lengths[i] = round(run.report.equivalent_tokens)
+        for length in sorted(set(lengths.values())):
+            text = inputs["input_ids"].shape[1] - count.samples[0].visual_tokens if count else 0
+            found, error = attempt(lambda n=length + text: timed_bound(model, inputs, _embeds(model, batch, n)))
+            if error is None and turn >= warmup:
+                ideal.setdefault(length, []).append(found)
+    peaks: dict[int, int] = {}
+    if memory and model.device.type == "cpu":
+        for i, case in enumerate(every):
+            if i not in errors:
+                found, error = attempt(lambda case=case: allocated(lambda: timed(model, inputs, case)))
+                if error is None:
+                    peaks[i] = found
+    full = statistics.median(run.prefill_ms for run in runs[0]) if runs[0] else None
     rows = []
-    for i, case in enumerate([bare, *cases]):
+    for i, case in enumerate(every):
         strategy = case.pruner.describe() if case.pruner else "unpruned"
         keep = getattr(case.pruner, "keep", None)
         if i in errors:
-            rows.append(Row(case.label, strategy, keep, error=errors[i]))
+            rows.append(Row(case.label, strategy, keep, batch, error=errors[i]))
             continue
-        rows.append(_row(case.label, strategy, keep, runs[i], full, count))
+        row = _row(case.label, strategy, keep, batch, runs[i], full, count)
+        row.peak_bytes = peaks.get(i, row.peak_bytes)
+        best = ideal.get(lengths.get(i, -1))
+        if best:
+            row.bound = Spread.of(best)
+            row.measured_bound = full / row.bound.median if full else None
+            row.bound_share = row.bound.median / row.prefill.median
+        rows.append(row)
     return rows
 
 
-def _row(label: str, strategy: str, keep: int | float | None, runs: list[Run], full: float, count: Report) -> Row:
+def attempt(run: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `run` gives, or the reason why it could not: a strategy's refusal, or too little memory."""
+    try:
+        return run(), None
+    except VtpruneError as error:
+        return None, str(error)
+    except torch.OutOfMemoryError as error:
+        reason = f"out of memory: {str(error).splitlines()[0]}"
+    except (RuntimeError, MemoryError) as error:
+        # the CPU's allocator has no exception of its own
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        reason = f"out of memory: {str(error).splitlines()[0] if str(error) else 'the allocation failed'}"
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None, reason
+
+
+def _row(
+    label: str, strategy: str, keep: int | float | None, batch: int, runs: list[Run], full: float | None, count: Report | None
+) -> Row:
     # the engine's count of a run where everything stays is the bare model's
     report = runs[-1].report or count
     prefill = Spread.of([run.prefill_ms for run in runs])
     selection = Spread.of([run.selection_ms for run in runs])
-    decode = [run.decode_ms for run in runs if run.decode_ms is not None]
-    samples = report.samples
-    return Row(
+    decode = [step for run in runs for step in run.decode]
+    row = Row(
         label,
         strategy,
         keep,
-        visual_tokens=samples[0].visual_tokens,
-        entered=sum(len(s.kept) for s in samples) / len(samples),
-        equivalent_tokens=report.equivalent_tokens,
+        batch,
         prefill=prefill,
         encoder=Spread.of([run.encoder_ms for run in runs]),
-        decoder=Spread.of([run.prefill_ms - run.encoder_ms for run in runs]),
+        projector=Spread.of([run.projector_ms for run in runs]),
+        decoder=Spread.of([run.prefill_ms - run.encoder_ms - run.projector_ms for run in runs]),
         selection=selection,
+        ttft=Spread.of([run.ttft_ms for run in runs]),
         decode=Spread.of(decode) if decode else None,
-        kv_bytes=report.kv_bytes,
-        kv_bytes_full=count.kv_bytes,
-        flops=report.flops,
-        flops_full=report.flops_full,
-        flops_bound=report.flops_full / report.flops,
-        speedup=full / prefill.median,
-        selection_share=selection.median / full,
-        notes=list(report.notes),
+        total=Spread.of([run.total_ms for run in runs]),
+        peak_bytes=max((run.peak_bytes for run in runs if run.peak_bytes is not None), default=None),
+        speedup=full / prefill.median if full else None,
+        selection_share=selection.median / full if full else None,
     )
+    if report is None:
+        return row
+    samples = report.samples
+    row.visual_tokens = samples[0].visual_tokens
+    row.entered = sum(len(s.kept) for s in samples) / len(samples)
+    row.equivalent_tokens = report.equivalent_tokens
+    row.kv_bytes, row.kv_bytes_full = report.kv_bytes, report.kv_bytes_full
+    row.flops, row.flops_full = report.flops, report.flops_full
+    row.flops_bound = report.flops_full / report.flops
+    row.flops_share = row.speedup / row.flops_bound if full else None
+    row.notes = list(report.notes)
+    return row
 
 
 def cases_for(
@@ -320,6 +443,34 @@ def cases_for(
         for name in names
         for keep in ((None, *keeps) if everything else keeps)
     ]
+
+
+def setting(
+    config: str,
+    model: nn.Module,
+    batches: Sequence[int],
+    text_tokens: int,
+    repeats: int,
+    warmup: int,
+    decode_steps: int,
+    images: int = 1,
+    frames: int | None = None,
+) -> dict[str, Any]:
+    """How rows were measured, JSON-ready; the `setting` of a file of `vtprune bench`."""
+    return {
+        "config": config,
+        "decoder_layers": model.config.text_config.num_hidden_layers,
+        "batch": list(batches),
+        "images": images,
+        "frames": frames,
+        "text_tokens": text_tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn": model.config._attn_implementation,
+        "repeats": repeats,
+        "warmup": warmup,
+        "decode_steps": decode_steps,
+        **machine(model.device),
+    }
 
 
 def machine(device: str | torch.device) -> dict[str, Any]:
@@ -351,24 +502,47 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _settled(clock: Clock) -> int:
+    """Wait for the device; bytes that it holds. Peaks count from here on."""
+    if clock.module is None:
+        return 0
+    clock.module.synchronize()
+    clock.module.reset_peak_memory_stats()
+    return clock.module.memory_allocated()
+
+
+def _embeds(model: nn.Module, batch: int, length: int) -> torch.Tensor:
+    """[batch, length, D] random embeddings of about the size of the model's own."""
+    generator = torch.Generator(model.device).manual_seed(length)
+    width = model.config.text_config.hidden_size
+    return (_STD * torch.randn(batch, length, width, generator=generator, device=model.device)).to(model.dtype)
+
+
 @contextlib.contextmanager
-def _encoder_span(model: nn.Module, clock: Clock):
-    """Count the model's `get_image_features` (pruned or not) under "encoder"."""
-    base = locate(model).base
-    original, mine = base.get_image_features, "get_image_features" in base.__dict__
+def _spans(model: nn.Module, clock: Clock):
+    """Count the model's `get_image_features` and `get_video_features` (pruned or not) under "encoder", its projector apart."""
+    site = locate(model)
+    base, undo = site.base, []
+    for name in ("get_image_features", "get_video_features"):
+        if not hasattr(base, name):
+            continue
+        original, mine = getattr(base, name), name in base.__dict__
 
-    def get_image_features(*args, **kwargs):
-        with clock.span("encoder"):
-            return original(*args, **kwargs)
+        def features(*args, original=original, **kwargs):
+            with clock.span("encoder"):
+                return original(*args, **kwargs)
 
-    base.get_image_features = get_image_features
+        # the engine asks a method for its parameters
+        setattr(base, name, functools.wraps(original)(features))
+        undo.append(functools.partial(setattr, base, name, original) if mine else functools.partial(delattr, base, name))
+    marks = []
+    undo.append(site.projector.register_forward_pre_hook(lambda *_: marks.append(clock.start("projector"))).remove)
+    undo.append(site.projector.register_forward_hook(lambda *_: clock.stop(marks.pop())).remove)
     try:
         yield
     finally:
-        if mine:
-            base.get_image_features = original
-        else:
-            del base.get_image_features
+        for back in reversed(undo):
+            back()
 
 
 def _randomise(model: nn.Module, seed: int) -> None:

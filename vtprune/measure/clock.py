@@ -45,13 +45,17 @@ class Clock:
             self.stop(mark)
             self._inside.discard(name)
 
-    def total(self, name: str) -> float:
-        """Milliseconds spent under `name`."""
+    def each(self, name: str) -> list[float]:
+        """Milliseconds of each interval under `name`."""
         spans = self.intervals.get(name, [])
         if self.module is None:
-            return 1e3 * sum(end - begin for begin, end in spans)
+            return [1e3 * (end - begin) for begin, end in spans]
         self.module.synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in spans)
+        return [begin.elapsed_time(end) for begin, end in spans]
+
+    def total(self, name: str) -> float:
+        """Milliseconds spent under `name`."""
+        return sum(self.each(name))
 
     def fork(self) -> Clock:
         """A clock that starts from what this one has counted."""

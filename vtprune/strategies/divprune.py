@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vtprune.pruner import Budget, Keep, Pruner, SelectView
-from vtprune.select import k_center, loneliest
+from vtprune.select import max_min
 
 
 @dataclass
@@ -35,4 +35,4 @@ class DivPrune(Pruner):
         k = view.target(self.keep)
         if k >= view.tokens:
             return None
-        return Keep(k_center(view.features, loneliest(view.features), k))
+        return Keep(max_min(view.features, k))

@@ -107,6 +107,10 @@ class GSearch(Scheduled):
         cuts = cut_layers(rates, self.max_cuts, first)
         return cuts, cuts == falls
 
+    @classmethod
+    def trial(cls, depth: int) -> GSearch:
+        return cls(rates=(1.0,) * min(2, depth) + (0.5,) * max(0, depth - 2))
+
     def check_model(self, model: Model) -> None:
         super().check_model(model)
         if self.rates is not None and len(self.rates) != model.depth:
