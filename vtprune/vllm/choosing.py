@@ -49,6 +49,7 @@ def encode(pruner: Pruner | None, encoder: Encoder, blocks: Sequence[Block], hid
         hidden = hidden if shorter is None else shorter
         if at == encoder.depth - 1:
             features = hidden
+    run.doubts.settle()
     return features[:, special:], run.items
 
 
