@@ -20,12 +20,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import vtprune
 from vtprune import embedded
+from vtprune.cli import app
 from vtprune.pruner import BudgetError, Encoder, Keep, Pruner, SelectView, UnsupportedError, VtpruneError
 from vtprune.registry import UnknownStrategyError
-from vtprune.vllm.bench import BEGIN, END, Load, bar, between_markers, compare, predicted, random_model
+from vtprune.vllm import bench, launch
+from vtprune.vllm.bench import BEGIN, END, Load, Row, bar, between_markers, compare, predicted, random_model
 from vtprune.vllm.choosing import fresh, rehearse, select, square
 from vtprune.vllm.launch import Server, ServerError
 from vtprune.vllm.settings import Settings, check_count, check_encoder
@@ -248,6 +251,26 @@ def test_a_table_goes_between_the_markers_of_a_page():
     for broken in ("nothing", f"{END}\n{BEGIN}", page + page):
         with pytest.raises(ServerError, match="goes between"):
             between_markers(broken, "| new |")
+
+
+def test_bench_serve_writes_figures_and_table(tmp_path, monkeypatch):
+    def measured(server: str, level: int, rate: float) -> Row:
+        return Row(server, level, 0, 32, 0, rate, ttft_p50=900, ttft_p99=1800.4, tpot_p50=40, tpot_p99=60)
+
+    rows = [measured("unpruned", 16, 0.5), measured("flowcut, keep=64", 16, 1.6)]
+    monkeypatch.setattr(bench, "compare", lambda *args, **options: rows)
+    monkeypatch.setattr(launch, "check_installed", lambda: None)
+    page, figures = tmp_path / "page.md", tmp_path / "figures.json"
+    page.write_text(f"# Page\n{BEGIN}\n{END}\n")
+    command = ["bench", "serve", "--concurrency", "16", "--markdown", str(page), "--json", str(figures)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "| flowcut, keep=64 | 16 | 1.60 | 3.20x | 900 ms | 1800 ms | 40 ms | 60 ms | 0 |" in page.read_text()
+    data = json.loads(figures.read_text())
+    assert data["rows"] == [row.as_dict() for row in rows] and data["flops_predict"] > 4
+    page.write_text("no place for it")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and "goes between" in done.output
 
 
 # A server
@@ -508,7 +531,8 @@ class TestServed:
         load = Load(requests=32, output_tokens=8)
         options = ["--load-format", "dummy", "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "1024"]
         options += ["--max-num-seqs", "16"]
-        room = environment(folder) | {"VLLM_CPU_KVCACHE_SPACE": "2"}
+        # the model on one core, where the client does not get in its way
+        room = environment(folder) | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "auto"}
         plain, pruned = compare(str(model), STRATEGIES["flowcut"], [16], load, folder, options, environment=room)
         assert plain.failed == pruned.failed == 0
         asked = bar(predicted(json.loads(shape.read_text()), load, read("flowcut")))
