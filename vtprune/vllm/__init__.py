@@ -15,13 +15,13 @@ MODELS = {
     "LlavaForConditionalGeneration": "vtprune.vllm.llava:PrunedLlava",
     "LlavaNextForConditionalGeneration": "vtprune.vllm.tiled:PrunedLlavaNext",
     "LlavaOnevisionForConditionalGeneration": "vtprune.vllm.tiled:PrunedLlavaOnevision",
+    "Qwen2VLForConditionalGeneration": "vtprune.vllm.qwen:PrunedQwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "vtprune.vllm.qwen:PrunedQwen25VL",
+    "Qwen3VLForConditionalGeneration": "vtprune.vllm.qwen:PrunedQwen3VL",
 }
 
 # vLLM's own, but that they do not pass over vtprune settings in silence
 REFUSED = (
-    "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "Mistral3ForConditionalGeneration",

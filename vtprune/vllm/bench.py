@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from vtprune import embedded
+from vtprune.measure.flops import stack_flops
+from vtprune.pruner import Encoder
+from vtprune.vllm.choosing import rehearse
 from vtprune.vllm.launch import VLLM, Server, ServerError
+from vtprune.vllm.settings import Settings, check_encoder
 
 # of the embedded model, which lend a model with random weights its words; its picture placeholder is token 4
 WORDS = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja", "generation_config.json")
@@ -23,7 +27,8 @@ class Load:
     """What the client sends.
 
     Parameters:
-        requests: per concurrency; text_tokens, output_tokens: of each request; picture: (height, width) of its one picture.
+        requests: at each concurrency, at least one for each that is in flight.
+        text_tokens, output_tokens: of each request; picture: (height, width) of its one picture.
         seed: of pictures and words, which no two requests share.
     """
 
@@ -87,6 +92,7 @@ def client(server: Server, name: str, tokenizer: str, load: Load, concurrency: i
         ServerError: if the client fails.
     """
     height, width = load.picture
+    requests = max(load.requests, concurrency)
     file = folder / f"{server.port}-{concurrency}-{at}.json"
     options: dict[str, Any] = {
         "backend": "openai-chat",
@@ -95,8 +101,8 @@ def client(server: Server, name: str, tokenizer: str, load: Load, concurrency: i
         "model": server.model,
         "tokenizer": tokenizer,
         "dataset-name": "random-mm",
-        "num-prompts": load.requests,
-        "num-warmups": min(2, load.requests),
+        "num-prompts": requests,
+        "num-warmups": 2,
         "max-concurrency": concurrency,
         "random-input-len": load.text_tokens,
         "random-output-len": load.output_tokens,
@@ -121,7 +127,7 @@ def client(server: Server, name: str, tokenizer: str, load: Load, concurrency: i
         concurrency=concurrency,
         round=at,
         answered=seen["completed"],
-        failed=load.requests - seen["completed"],
+        failed=requests - seen["completed"],
         per_second=seen["request_throughput"],
         **{f"{what}_{p}": seen[f"{p}_{what}_ms"] for what in ("ttft", "tpot") for p in ("p50", "p99")},
     )
@@ -181,22 +187,55 @@ def compare(
     return rows
 
 
-def predicted(config: Mapping[str, Any], load: Load, keep: int, tokens: int, encoder_saves: float = 0.0) -> float:
-    """Speed-up by the FLOPs of the linear layers alone: encoder, prefill and decode of one request, unpruned over pruned.
+def predicted(config: Mapping[str, Any], load: Load, settings: Settings) -> float:
+    """Unpruned over pruned FLOPs of one request: vision encoder and decoder, by the convention of `vtprune.measure.flops`.
+
+    Tokens of the answer are counted as if they went through with the prompt.
 
     Parameters:
-        config: of a LLaVA-1.5-shaped model, as in config.json; keep: of its `tokens` visual tokens.
-        encoder_saves: share of the vision encoder's work that the strategy saves.
+        config: of a LLaVA-1.5-shaped model, as in config.json; settings: what the pruned server does.
     """
     vision, text = config["vision_config"], config["text_config"]
-
-    def layer(c: Mapping[str, Any], matrices: int) -> int:
-        width, inner = c["hidden_size"], c["intermediate_size"]
-        head = c.get("head_dim") or width // c["num_attention_heads"]
-        queries, keys = head * c["num_attention_heads"], head * c.get("num_key_value_heads", c["num_attention_heads"])
-        return 2 * (2 * width * queries + 2 * width * keys + matrices * width * inner)
-
-    encoder = vision["num_hidden_layers"] * layer(vision, 2) * tokens
-    decoder = text["num_hidden_layers"] * layer(text, 3)
+    patches, blocks = (vision["image_size"] // vision["patch_size"]) ** 2, vision["num_hidden_layers"]
+    layer = config.get("vision_feature_layer", -2)
+    encoder = Encoder(layer + 1 if layer >= 0 else blocks + layer + 1, blocks, cls=True)
+    pruner = settings.strategy()
+    ran = check_encoder(pruner, encoder)
+    lengths = rehearse(pruner, patches, encoder, max(ran, encoder.depth)).lengths
     rest = load.text_tokens + load.output_tokens
-    return (encoder + decoder * (tokens + rest)) / (encoder * (1 - encoder_saves) + decoder * (keep + rest))
+
+    def flops(seen: Sequence[int], visual: int) -> int:
+        eyes, decoder = _layer(vision, 2), [_layer(text, 3)] * text["num_hidden_layers"]
+        whole = [[(n, n)] for n in seen]
+        return stack_flops([eyes] * len(seen), whole) + stack_flops(decoder, [[(visual + rest, visual + rest)]] * len(decoder))
+
+    return flops([patches + 1] * encoder.depth, patches) / flops(lengths, settings.tokens(patches))
+
+
+def _layer(config: Mapping[str, Any], matrices: int) -> tuple[int, int]:
+    """(linear FLOPs per token, attention width) of a layer whose MLP has so many matrices."""
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or width // heads
+    queries, keys = head * heads, head * config.get("num_key_value_heads", heads)
+    return 2 * (2 * width * queries + 2 * width * keys + matrices * width * config["intermediate_size"]), queries
+
+
+def bar(speed_up: float) -> float:
+    """The speed-up to reach: half of the gain that FLOPs predict, on top of the unpruned server."""
+    return 1 + (speed_up - 1) / 2
+
+
+BEGIN, END = "<!-- vtprune bench serve -->", "<!-- end of vtprune bench serve -->"
+
+
+def between_markers(page: str, table: str) -> str:
+    """The page with `table` between its markers `BEGIN` and `END`.
+
+    Raises:
+        ServerError: if it does not have one of each, in this order.
+    """
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end or BEGIN in tail or END in head:
+        raise ServerError(f"the page needs a line {BEGIN} and after it a line {END}; the table goes between them.")
+    return f"{head}{BEGIN}\n{table.strip()}\n{END}{tail}"

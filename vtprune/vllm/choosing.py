@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,11 +58,14 @@ def fresh(features: list[Tensor]) -> list[Item]:
     return [Item(torch.arange(len(f), device=f.device), (len(f),)) for f in features]
 
 
-def select(pruner: Pruner, features: list[Tensor], items: list[Item], grids: list[Grid]) -> list[Tensor]:
+def select(
+    pruner: Pruner, features: list[Tensor], items: list[Item], grids: list[Grid], frames: Sequence[int] | None = None
+) -> list[Tensor]:
     """The strategy's `select` stage: one call for all pictures of equal size.
 
     Parameters:
         features: [n, D] per picture, projected; items: what is left of each, cut here; grids: of the unpruned pictures.
+        frames: of each, where they are videos; a grid is then one frame's.
     Returns:
         [k, D] per picture.
     """
@@ -69,7 +73,8 @@ def select(pruner: Pruner, features: list[Tensor], items: list[Item], grids: lis
     chosen = list(features)
     if owner is None:
         return chosen
-    for group in groups([(len(i.index), i.sizes, g) for i, g in zip(items, grids, strict=True)]):
+    frames = [1] * len(items) if frames is None else frames
+    for group in groups([(len(i.index), i.sizes, g, f) for i, g, f in zip(items, grids, frames, strict=True)]):
         members = [items[i] for i in group]
         view = SelectView(
             index=torch.stack([item.index for item in members]),
@@ -77,6 +82,7 @@ def select(pruner: Pruner, features: list[Tensor], items: list[Item], grids: lis
             carry=stack_carry(members),
             features=torch.stack([features[i] for i in group]),
             grid=grids[group[0]],
+            frames=frames[group[0]],
             # a picture's features are cached and shared, whatever its place in a prompt: each counts as the first
             ordinal=torch.zeros(len(group), dtype=torch.long),
         )
@@ -90,20 +96,28 @@ def select(pruner: Pruner, features: list[Tensor], items: list[Item], grids: lis
     return chosen
 
 
-def rehearse(pruner: Pruner, tokens: int, encoder: Encoder | None = None, blocks: int = 0) -> int:
-    """Tokens that the strategy leaves of one picture of random numbers; finds what its declarations do not tell.
+class Rehearsed(NamedTuple):
+    """What a strategy did to one picture: tokens left of it, and the sequence length of each block of the encoder that ran."""
+
+    left: int
+    lengths: list[int]
+
+
+def rehearse(pruner: Pruner, tokens: int, encoder: Encoder | None = None, blocks: int = 0) -> Rehearsed:
+    """The strategy on one picture of random numbers; finds what its declarations do not tell.
 
     Parameters:
         tokens: of a picture; encoder, blocks: the tower and how many of its blocks run, or None.
     Raises:
         UnsupportedError: if the strategy cannot work on what a server has.
     """
-    generator, heads, width = torch.Generator().manual_seed(0), 2, 8
+    generator, heads, width, lengths = torch.Generator().manual_seed(0), 2, 8, []
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     def block(hidden: Tensor, mask: Tensor | None, wanted: list) -> Tensor:
+        lengths.append(hidden.shape[1])
         for request, sink in wanted:
             q, k, v = (random(1, heads, hidden.shape[1], width) for _ in range(3))
             sink(attention_rows(q, k, v, width**-0.5, request))
@@ -116,7 +130,7 @@ def rehearse(pruner: Pruner, tokens: int, encoder: Encoder | None = None, blocks
         else:
             hidden, items = encode(pruner, encoder, [block] * blocks, random(1, tokens + encoder.cls, heads * width))
             features = [hidden[0, : len(items[0].index)]]
-        return len(select(pruner, features, items, [square(tokens)])[0])
+        return Rehearsed(len(select(pruner, features, items, [square(tokens)])[0]), lengths)
     except (RuntimeError, AttributeError, IndexError, TypeError) as error:
         raise UnsupportedError(
             f"vtprune: {pruner.name!r} failed on a picture of random numbers ({type(error).__name__}: {error}); it may read "

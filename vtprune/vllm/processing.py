@@ -10,7 +10,7 @@ import torch
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItems
-from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
+from vllm.multimodal.parse import MultiModalDataItems, ProcessorBatchItems
 from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
     BaseProcessingInfo,
@@ -64,12 +64,14 @@ def with_context(build: Callable[[InputProcessingContext], BaseProcessingInfo]):
 
 
 class PrunedProcessor(BaseMultiModalProcessor):
-    """In front of one of vLLM's processors: pictures get as many placeholders as tokens will be left of them."""
+    """In front of one of vLLM's processors: pictures and videos get as many placeholders as tokens will be left of them."""
 
     settings: Settings | None = None
+    # what is pruned of them: "image", "video"
+    modalities: tuple[str, ...] = ("image",)
 
-    def visual(self, full: int, width: int, height: int) -> int:
-        """Visual tokens among the `full` placeholders of an unpruned picture of so many pixels; the others separate rows."""
+    def visual(self, full: int, items: ProcessorBatchItems, at: int) -> int:
+        """Visual tokens among the `full` placeholders of an unpruned picture or video `items[at]`; the others separate."""
         return full
 
     def _budget(self, hf_processor_mm_kwargs: Mapping[str, object]):
@@ -98,35 +100,40 @@ class PrunedProcessor(BaseMultiModalProcessor):
     ) -> Sequence[PromptUpdate]:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         budget = self._budget(hf_processor_mm_kwargs)
-        # features that a user computed elsewhere are left as they are
-        images = mm_items.get("image")
-        if self.settings is None or not isinstance(images, ImageProcessorItems):
-            return updates
-        return [self._shrunk(update, images, budget, out_mm_kwargs) for update in updates]
+        return updates if self.settings is None else [self._shrunk(u, mm_items, budget, out_mm_kwargs) for u in updates]
 
-    def _shrunk(self, update: PromptUpdate, images: ImageProcessorItems, budget, out_mm_kwargs: MultiModalKwargsItems):
-        if update.modality != "image":
+    def _shrunk(self, update: PromptUpdate, mm_items: MultiModalDataItems, budget, out_mm_kwargs: MultiModalKwargsItems):
+        items = mm_items.get(update.modality)
+        # features that a user computed elsewhere are left as they are
+        if update.modality not in self.modalities or not isinstance(items, ProcessorBatchItems):
             return update
         if not isinstance(update, PromptReplacement):
-            raise UnsupportedError(f"vtprune: {type(self).__name__} lays out pictures in a way that is not known here.")
+            raise UnsupportedError(
+                f"vtprune: {type(self).__name__} lays out {update.modality}s in a way that is not known here."
+            )
         fields, contents = [], []
-        for at in range(len(images)):
+        for at in range(len(items)):
             full = update.resolve(at).content.full
             if len(set(full)) != 1:
-                raise UnsupportedError(f"vtprune: {type(self).__name__} lays out pictures in a way that is not known here.")
-            size = images.get_image_size(at)
-            visual = self.visual(len(full), size.width, size.height)
+                raise UnsupportedError(
+                    f"vtprune: {type(self).__name__} lays out {update.modality}s in a way that is not known here."
+                )
+            visual = self.visual(len(full), items, at)
             count = self.settings.tokens(visual, budget)
             fields.append((count, visual))
             contents.append(full[: len(full) - visual + count])
         # the model reads them here, so prompt and features agree by construction
-        for item, field in zip(out_mm_kwargs["image"], fields, strict=True):
+        for item, field in zip(out_mm_kwargs[update.modality], fields, strict=True):
             item[TOKENS] = MultiModalFieldElem(torch.tensor(field), MultiModalBatchedField(keep_on_cpu=True))
         return dataclasses.replace(update, replacement=contents.__getitem__)
 
 
-def log_settings(settings: Settings, size: int) -> None:
-    """Say at start what the server will do to a picture of `size` visual tokens."""
+def log_settings(settings: Settings, size: int | None) -> None:
+    """Say at start what the server will do to a picture of `size` visual tokens, or of any number."""
+    if size is None:
+        what = f"{settings.keep:g} of the" if isinstance(settings.keep, float) else f"at most {settings.keep}"
+        logger.info("vtprune: %s leaves %s visual tokens of a picture or video.", settings.pruner, what)
+        return
     left = settings.tokens(size)
     if left == size:
         logger.warning(

@@ -11,40 +11,33 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vtprune.pruner import UnsupportedError
 from vtprune.vllm.processing import settings_of, with_context
 
-AXES = (
-    "vLLM gives its visual tokens positions on three axes before it has their features, and corrects them afterwards for its "
-    "own video pruning (--video-pruning-rate) alone"
-)
 OTHER = "how vLLM lays out its pictures is not known to vtprune"
 
-# class -> (vLLM's module, why not)
+# architecture -> (vLLM's module, its class there, why not)
 REASONS = {
-    "Qwen2VLForConditionalGeneration": ("qwen2_vl", AXES),
-    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", AXES),
-    "Qwen3VLForConditionalGeneration": ("qwen3_vl", AXES),
-    "LlavaNextVideoForConditionalGeneration": ("llava_next_video", OTHER),
-    "InternVLForConditionalGeneration": ("internvl", OTHER),
-    "Mistral3ForConditionalGeneration": ("mistral3", OTHER),
+    "LlavaNextVideoForConditionalGeneration": ("llava_next_video", "LlavaNextVideoForConditionalGeneration", OTHER),
+    "InternVLForConditionalGeneration": ("interns1", "InternS1ForConditionalGeneration", OTHER),
+    "Mistral3ForConditionalGeneration": ("mistral3", "Mistral3ForConditionalGeneration", OTHER),
 }
 
 
 def check(name: str, model_config: ModelConfig) -> None:
-    """Refuse vtprune settings on a model of class `name`.
+    """Refuse vtprune settings on a model of architecture `name`.
 
     Raises:
         UnsupportedError: if there are any; says why.
     """
     if settings_of(model_config) is not None:
         raise UnsupportedError(
-            f"vtprune: {name} cannot be served with pruning yet: {REASONS[name][1]}. Serve it without vtprune settings, or use "
-            f"vtprune on transformers."
+            f"vtprune: {name} cannot be served with pruning yet: {REASONS[name][-1]}. Serve it without vtprune settings, or "
+            f"use vtprune on transformers."
         )
 
 
 @functools.cache
 def _refusing(name: str) -> type:
-    module, _ = REASONS[name]
-    theirs = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    module, found, _ = REASONS[name]
+    theirs = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), found)
     registered = theirs._processor_factory
 
     def build(info, dummy_inputs):

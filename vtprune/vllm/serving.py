@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, PretrainedConfig
 from vllm.config import ModelConfig
 from vllm.model_executor.models.utils import get_layer_index
-from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo
+from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo, InputProcessingContext
 
 from vtprune.engine.stream import groups
 from vtprune.pruner import Encoder, Pruner, UnsupportedError
@@ -20,21 +20,24 @@ from vtprune.vllm.choosing import rehearse
 from vtprune.vllm.processing import PrunedProcessor, log_settings, settings_of, with_context
 from vtprune.vllm.settings import Settings, check_count, check_encoder
 
+REHEARSED = 1024  # visual tokens of the picture that a strategy is tried on where the model takes pictures of any size
+
 
 @dataclass(frozen=True)
 class Tower:
-    """A LLaVA-shaped model's vision tower.
+    """A model's vision tower.
 
     Parameters:
-        size: patches of the picture that it takes; encoder: its blocks; why_not: why they cannot run one by one, or "".
+        size: visual tokens of the picture that it takes, or None where it takes pictures of any size.
+        encoder: its blocks; why_not: why they cannot run one by one, or "".
     """
 
-    size: int
+    size: int | None
     encoder: Encoder
     why_not: str = ""
 
     @classmethod
-    def of(cls, config: PretrainedConfig, tiled: bool) -> Tower:
+    def of(cls, config: PretrainedConfig, tiled: bool = False) -> Tower:
         """Read off a LLaVA-like configuration.
 
         Parameters:
@@ -74,22 +77,22 @@ class Serving:
     blocks: int
 
     @classmethod
-    def of(cls, model_config: ModelConfig, tiled: bool = False) -> Serving | None:
+    def of(cls, model_config: ModelConfig, tower: Callable[[PretrainedConfig], Tower] = Tower.of) -> Serving | None:
         """What the server was asked to do on this model; None: nothing.
 
         Parameters:
-            tiled: whether the model cuts pictures into tiles.
+            tower: reads the model's vision tower off its configuration.
         Raises:
             VtpruneError: for what cannot be served, with the reason.
         """
         settings = settings_of(model_config)
-        return None if settings is None else _serving(settings, Tower.of(model_config.hf_config, tiled))
+        return None if settings is None else _serving(settings, tower(model_config.hf_config))
 
     def batch(self, fields: Tensor, prune: Callable[[list[int], int, Pruner | None], list[Tensor]]) -> list[Tensor]:
         """The visual features of an encoder batch: one call of `prune` for all pictures of one size and budget.
 
         Parameters:
-            fields: LongTensor [B, 2], visual tokens of each picture that stay, and of how many.
+            fields: LongTensor [B, 2], visual tokens of each picture (or video) that stay, and of how many.
             prune: (pictures, their size, strategy or None where everything stays) -> [k, D] of each.
         """
         counts: list[tuple[int, int]] = [tuple(row) for row in fields.tolist()]
@@ -107,22 +110,28 @@ class Serving:
 def _serving(settings: Settings, tower: Tower) -> Serving:
     pruner = settings.strategy()
     blocks = check_encoder(pruner, tower.encoder, tower.why_not)
-    left = settings.tokens(tower.size)
-    if left < tower.size:
-        found = rehearse(pruner, tower.size, tower.encoder if blocks else None, blocks)
-        check_count(found, left, settings.pruner)
+    size = REHEARSED if tower.size is None else tower.size
+    left = settings.tokens(size)
+    if left < size:
+        found = rehearse(pruner, size, tower.encoder if blocks else None, blocks)
+        check_count(found.left, left, settings.pruner)
     log_settings(settings, tower.size)
     return Serving(settings, tower, blocks)
 
 
 def factories(
-    model: type, processor: type[PrunedProcessor], info: type[BaseProcessingInfo], serving: Callable[[ModelConfig], Any]
+    model: type,
+    processor: type[PrunedProcessor],
+    info: type[BaseProcessingInfo],
+    serving: Callable[[ModelConfig], Any],
+    inform: Callable[[InputProcessingContext], BaseProcessingInfo] | None = None,
 ) -> dict:
     """Arguments of vLLM's `register_processor` that put `processor` in front of what `model` uses.
 
     Parameters:
         info: of the family; a model of the class that has another is served by vLLM as ever, and never pruned.
         serving: gives the `Serving` of a model, or None.
+        inform: makes the processing info, where it is not vLLM's.
     """
     theirs = model._processor_factory
 
@@ -136,4 +145,4 @@ def factories(
         made.settings = None if asked is None else asked.settings
         return made
 
-    return {"processor": build, "info": with_context(theirs.info), "dummy_inputs": theirs.dummy_inputs}
+    return {"processor": build, "info": with_context(inform or theirs.info), "dummy_inputs": theirs.dummy_inputs}

@@ -1,7 +1,8 @@
-"""LLaVA-NeXT and LLaVA-OneVision in vLLM with fewer visual tokens of pictures; strategies of the select stage.
+"""LLaVA-NeXT and LLaVA-OneVision in vLLM with fewer visual tokens; strategies of the select stage.
 
 A picture's features are those of the whole, then those of its tiles laid out row by row, each row ended by a separator
-(`image_newline`). As on transformers, separators are not offered to a strategy and stay.
+(`image_newline`); a video's come frame by frame with one separator at the end. As on transformers, separators are not
+offered to a strategy and stay.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageProcessorItems, ProcessorBatchItems
 
 from vtprune.pruner import Pruner
-from vtprune.vllm.choosing import fresh, select
+from vtprune.vllm.choosing import fresh, select, square
 from vtprune.vllm.processing import TOKENS, PrunedProcessor
-from vtprune.vllm.serving import Serving, factories
+from vtprune.vllm.serving import Serving, Tower, factories
 from vtprune.vllm.weights import published_names
 
-serving = functools.partial(Serving.of, tiled=True)
+serving = functools.partial(Serving.of, tower=functools.partial(Tower.of, tiled=True))
 
 
 def separators(total: int, whole: int, rows: int, device: torch.device) -> Tensor:
@@ -45,7 +47,10 @@ def separators(total: int, whole: int, rows: int, device: torch.device) -> Tenso
 class TiledProcessor(PrunedProcessor):
     """Tells the separators of a tiled picture's rows from its visual tokens."""
 
-    def visual(self, full: int, width: int, height: int) -> int:
+    def visual(self, full: int, items: ProcessorBatchItems, at: int) -> int:
+        if not isinstance(items, ImageProcessorItems):
+            return full - 1
+        width, height = items.get_image_size(at)
         config, encoder = self.info.get_hf_config(), self.info.get_vision_encoder_info()
         tall, wide = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, encoder.get_image_size())
         # one separator for each row that the model leaves of the tiles
@@ -64,7 +69,9 @@ class PrunedNextProcessor(TiledProcessor, LlavaNextMultiModalProcessor):
 
 
 class PrunedOnevisionProcessor(TiledProcessor, LlavaOnevisionMultiModalProcessor):
-    """LLaVA-OneVision's prompts with room for the pruned tokens of pictures."""
+    """LLaVA-OneVision's prompts with room for the pruned tokens."""
+
+    modalities = ("image", "video")
 
 
 class Tiled:
@@ -82,14 +89,17 @@ class Tiled:
             self.supports_tower_connector_lora = False
 
     def embed_multimodal(self, **kwargs: object):
-        """Features of an encoder batch, as many of each picture as its prompt has room for."""
+        """Features of an encoder batch, as many of each picture or video as its prompt has room for."""
         fields = kwargs.pop(TOKENS, None)
         packed = super().embed_multimodal(**kwargs)
         if self.vtprune is None or fields is None:
             return packed
+        # videos of unequal length come with a dimension more
+        packed = [features.flatten(0, -2) for features in packed]
+        frames = [len(video) for video in kwargs["pixel_values_videos"]] if "pixel_values_videos" in kwargs else None
         whole = self.vtprune.tower.size
         marks = [
-            separators(len(features), whole, len(features) - size, features.device)
+            separators(len(features), whole if frames is None else size, len(features) - size, features.device)
             for features, (_, size) in zip(packed, fields.tolist(), strict=True)
         ]
         places: list[Tensor] = [torch.empty(0)] * len(packed)
@@ -97,7 +107,13 @@ class Tiled:
         def prune(pictures: list[int], size: int, pruner: Pruner | None) -> list[Tensor]:
             features = [packed[i][~marks[i]] for i in pictures]
             items = fresh(features)
-            chosen = features if pruner is None else select(pruner, features, items, [None] * len(items))
+            if pruner is None:
+                chosen = features
+            elif frames is None:
+                chosen = select(pruner, features, items, [None] * len(items))
+            else:
+                lengths = [frames[i] for i in pictures]
+                chosen = select(pruner, features, items, [square(size // length) for length in lengths], lengths)
             for i, item in zip(pictures, items, strict=True):
                 places[i] = (~marks[i]).nonzero()[:, 0][item.index.sort().values]
             return chosen
@@ -127,4 +143,4 @@ class PrunedLlavaNext(Tiled, LlavaNextForConditionalGeneration):
     **factories(LlavaOnevisionForConditionalGeneration, PrunedOnevisionProcessor, LlavaOnevisionProcessingInfo, serving)
 )
 class PrunedLlavaOnevision(Tiled, LlavaOnevisionForConditionalGeneration):
-    """vLLM's LLaVA-OneVision; its videos are not pruned."""
+    """vLLM's LLaVA-OneVision."""
