@@ -31,17 +31,18 @@ class Request:
 
     Parameters:
         needs: the strategy's declaration.
-        rows: LongTensor [B, R] into the queries of this call, or None for a mean over those of the columns.
-        rows_valid: bool [B, R]; columns: LongTensor [B, N] into the keys.
+        rows: LongTensor [B, R] into the queries of this call, or None for a mean over those of the columns; a slice where they
+            are the same of all items, and real.
+        rows_valid: bool [B, R]; columns: LongTensor [B, N] into the keys, or a slice.
         keys_valid: bool [B, S] over the keys, or None if all are real.
         offset: keys that precede the first query for causal attention; None for bidirectional attention.
         seen: bool [B, R, S], which keys each query sees where it is neither; padding is left out of it already.
     """
 
     needs: Needs
-    rows: Tensor | None
+    rows: Tensor | slice | None
     rows_valid: Tensor | None
-    columns: Tensor
+    columns: Tensor | slice
     keys_valid: Tensor | None
     offset: int | None
     seen: Tensor | None = None
@@ -126,55 +127,66 @@ def attention_rows(
         query: [B, H, L, d]; key, value: [B, Hkv, S, d], after position embedding, cached keys first.
         softcap: bound that scores approach, or None.
     """
-    batch, heads, _, width = query.shape
     if request.needs.queries == "patches":
         rows = _received(query, key, scaling, request, softcap)
     elif request.rows is None:
         rows = _rows(_mean(query, request), key, scaling, request, softcap)
     else:
-        q = query.gather(2, request.rows[:, None, :, None].expand(batch, heads, -1, width)).float()
-        rows = _rows(q, key, scaling, request, softcap)
+        rows = _rows(_along(query, request.rows), key, scaling, request, softcap)
     if request.needs.values:
-        rows.values = _columns(value, request)
+        rows.values = _along(value, request.columns)
         if request.rows is None:
             rows.query_values = _mean(value, request)
+        elif isinstance(request.rows, slice):
+            rows.query_values = _along(value, request.rows)
         else:
             # in self-attention the queries are the last keys
             at = request.rows + (key.shape[2] - query.shape[2])
-            rows.query_values = value.gather(2, at[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3])).float()
+            rows.query_values = _along(value, at)
     return rows
 
 
-def _columns(t: Tensor, request: Request) -> Tensor:
-    """[B, Hkv, N, d] fp32: the requested keys of `t` [B, Hkv, S, d]."""
-    return t.gather(2, request.columns[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])).float()
+def _along(t: Tensor, at: Tensor | slice) -> Tensor:
+    """[B, H, N, d] fp32: those of `t` [B, H, S, d] that are wanted; the same of all items cost no gather."""
+    if isinstance(at, slice):
+        return t[:, :, at].float()
+    return t.gather(2, at[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])).float()
 
 
-def _real(request: Request) -> Tensor:
-    """bool [B, N], which of the columns do not only pad the batch."""
+def _real(request: Request) -> Tensor | None:
+    """bool [B, N], which of the columns do not only pad the batch; None if none does."""
     if request.keys_valid is None:
-        return torch.ones_like(request.columns, dtype=torch.bool)
-    return request.keys_valid.gather(1, request.columns)
+        return None
+    return (
+        request.keys_valid[:, request.columns]
+        if isinstance(request.columns, slice)
+        else (request.keys_valid.gather(1, request.columns))
+    )
 
 
 def _mean(t: Tensor, request: Request) -> Tensor:
     """[B, Hkv, 1, d] fp32: the mean of `t` [B, Hkv, S, d] over the requested columns, of which padding is none."""
-    real = _real(request)[:, None, :, None]
-    return (_columns(t, request) * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
+    wanted, real = _along(t, request.columns), _real(request)
+    if real is None:
+        return wanted.mean(2, keepdim=True)
+    real = real[:, None, :, None]
+    return (wanted * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
 
 
 def _received(query: Tensor, key: Tensor, scaling: float, request: Request, softcap: float | None) -> Rows:
     """One row per head: what each column gets of the others' attention, averaged; a few rows of the map at a time."""
-    queries, real, total = _columns(query, request), _real(request), 0
+    queries, real, total = _along(query, request.columns), _real(request), 0
+    if real is None:
+        real = torch.ones(queries.shape[0], queries.shape[2], dtype=torch.bool, device=query.device)
     for at in range(0, queries.shape[2], CHUNK):
         mine = slice(at, at + CHUNK)
-        part = replace(request, rows=request.columns[:, mine], rows_valid=real[:, mine])
+        part = replace(request, rows=None, rows_valid=real[:, mine])
         total = total + _rows(queries[:, :, mine], key, scaling, part, softcap).attention().sum(2, keepdim=True)
     mean = total / real.sum(1)[:, None, None, None]
     one = torch.ones(len(real), 1, dtype=torch.bool, device=real.device)
     rows = Rows(mean.log(), torch.zeros_like(mean[..., 0]), one)
     if request.needs.keys:
-        rows.keys = _columns(key, request)
+        rows.keys = _along(key, request.columns)
     return rows
 
 
@@ -182,8 +194,8 @@ def _rows(q: Tensor, key: Tensor, scaling: float, request: Request, softcap: flo
     """`attention_rows` for queries [B, H, R, d] that are gathered already, in fp32."""
     batch, heads, count, width = q.shape
     rows_valid = request.rows_valid
-    if request.rows is None:
-        rows_valid = torch.ones(batch, 1, dtype=torch.bool, device=q.device)
+    if rows_valid is None:
+        rows_valid = torch.ones(batch, count, dtype=torch.bool, device=q.device)
     # query heads of one group share a key head: fold them into the row dimension instead of repeating the keys
     q = q.reshape(batch, key.shape[1], heads // key.shape[1] * count, width)
     logits = torch.matmul(q, key.float().transpose(-1, -2)).mul_(scaling)
@@ -200,15 +212,19 @@ def _rows(q: Tensor, key: Tensor, scaling: float, request: Request, softcap: flo
         seen = causal if seen is None else causal & seen
     if seen is not None:
         logits = logits.masked_fill(~seen, float("-inf"))
-    if request.rows is not None:
+    if request.rows_valid is not None:
         logits = logits.masked_fill(~rows_valid[:, None, :, None], float("-inf"))
-    # a row that sees nothing, as it only pads the batch, attends to nothing: exp(-inf - 0), not NaN
     lse = logits.logsumexp(-1)
-    lse = lse.masked_fill(lse == float("-inf"), 0.0)
-    columns = request.columns[:, None, None, :].expand(-1, heads, count, -1)
-    rows = Rows(logits.gather(3, columns), lse, rows_valid)
+    if request.rows_valid is not None:
+        # a row that sees nothing, as it only pads the batch, attends to nothing: exp(-inf - 0), not NaN
+        lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    if isinstance(request.columns, slice):
+        wanted = logits[..., request.columns]
+    else:
+        wanted = logits.gather(3, request.columns[:, None, None, :].expand(-1, heads, count, -1))
+    rows = Rows(wanted, lse, rows_valid)
     if request.needs.keys:
-        rows.keys = _columns(key, request)
+        rows.keys = _along(key, request.columns)
     return rows
 
 

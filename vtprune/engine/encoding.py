@@ -213,16 +213,11 @@ class Encoding:
             return
         with self.clock.span("selection"):
             counts = self.counts
-            batch, longest, device = len(counts), max(counts), self.index.device
-            columns = torch.arange(self.special, self.special + longest, device=device).expand(batch, -1)
-            valid = None
-            if min(counts) != longest:
-                valid = torch.arange(self.special + longest, device=device) < torch.tensor(
-                    [[self.special + n] for n in counts], device=device
-                )
-            rows = torch.zeros(batch, 1, dtype=torch.long, device=device) if need.queries == "cls" else None
-            one = torch.ones(batch, 1, dtype=torch.bool, device=device)
-            yield Request(need, rows, one, columns, valid, None), self._take
+            longest, device, valid = self.special + max(counts), self.index.device, None
+            if min(counts) < max(counts):
+                valid = torch.arange(longest, device=device) < torch.tensor([[self.special + n] for n in counts], device=device)
+            first = slice(0, 1) if need.queries == "cls" else None
+            yield Request(need, first, None, slice(self.special, longest), valid, None), self._take
 
     def _take(self, rows: Rows) -> None:
         self._rows = rows

@@ -35,9 +35,9 @@ def share(weights: Tensor, valid: Tensor | None = None) -> Tensor:
         valid: bool [B, N], False where a slot only pads and its weight is zero; None if none does.
     """
     weights = weights.float()
-    flat = torch.ones_like(weights) if valid is None else valid.float()
-    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, flat)
-    return weights / weights.sum(-1, keepdim=True)
+    total = weights.sum(-1, keepdim=True)
+    flat = 1 / weights.shape[-1] if valid is None else valid / valid.sum(-1, keepdim=True)
+    return torch.where(total > 0, weights / total, flat)
 
 
 def flow_score(
