@@ -102,4 +102,4 @@ def test_the_script_runs_without_a_gpu(tmp_path, monkeypatch, part):
     main()
     data = json.loads((tmp_path / f"{part}.json").read_text())
     assert "error" not in data, data["error"]
-    assert data["took_s"] > 0
+    assert len(data) > 1 and data["took_s"] >= 0
