@@ -363,3 +363,30 @@ def test_features_of_another_strategy(model):
             assert session.report.equivalent_tokens == 9
             with pytest.raises(vtprune.UnsupportedError, match="another strategy"):
                 model(**given, mm_encoder_outputs={"image": short})
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_a_prompt_that_ends_in_a_picture_goes_on_from_the_last_token_left(positions):
+    """Its last visual token has left; what comes next follows the last survivor, not a row of zeros."""
+    model = tiny_llava()
+    ids, pixels = torch.tensor([[*prompt(4), *[IMAGE] * TOKENS]]), images(1)
+
+    @dataclass
+    class First(vtprune.Pruner):
+        keep: int = 5
+        name = "first"
+
+        def select(self, view):
+            return vtprune.Keep(torch.arange(self.keep).expand(len(view.index), -1))
+
+    with torch.no_grad():
+        features = model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output[0]
+        kept = torch.cat([model.get_input_embeddings()(ids[:, :-TOKENS]), features[None, :5]], 1)
+        expected = model(inputs_embeds=kept).logits[:, -1]
+        with vtprune.pruning(model, First(), positions=positions):
+            logits = model(input_ids=ids, pixel_values=pixels).logits
+            said = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=1, do_sample=False)
+    torch.testing.assert_close(logits[:, -1], expected, atol=1e-4, rtol=1e-4)
+    scores = expected.clone()
+    scores[:, IMAGE] = -torch.inf
+    assert int(said[0, -1]) == int(scores.argmax())

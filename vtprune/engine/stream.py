@@ -161,10 +161,16 @@ class Stream:
         return at
 
     def restore(self, hidden: Tensor) -> Tensor:
-        """[B, n, D] back to the fed length [B, L, D]; rows of dropped tokens are zero."""
+        """[B, n, D] back to the fed length [B, L, D]; rows of dropped tokens are zero.
+
+        The last place is an exception where a prompt ends in a picture: what is said next follows the last token that is left.
+        """
         at = self.index if self.valid is None else self.index.masked_fill(~self.valid, self.length)
         full = hidden.new_zeros(hidden.shape[0], self.length + 1, hidden.shape[2])
-        return full.scatter(1, at[..., None].expand_as(hidden), hidden)[:, : self.length]
+        full = full.scatter(1, at[..., None].expand_as(hidden), hidden)[:, : self.length]
+        if self.left and hidden.shape[1]:  # rows end together, so the last of each is real
+            full[:, -1] = hidden[:, -1]
+        return full
 
     def followed(self, labels: Tensor) -> Tensor:
         """Labels [B, L] for a loss that pairs the logits of each place with the label of the next one.
