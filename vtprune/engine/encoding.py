@@ -97,6 +97,7 @@ class Encoding:
         self.cuts: list[tuple[int, Tensor, list[int], set[int]]] = []
         self.pasts: list[Callable[[], Past]] = []
         self.ordered: list[bool] = []
+        self.idle = True  # whether there is nothing to choose
         self._items: list[Item] | None = None
         self.flops = 0  # of what is no block, where a family says so
         self._rows: Rows | None = None
@@ -181,12 +182,17 @@ class Encoding:
             self.cuts = [] if self.start is None else [(-1, self.index, self.counts, set(range(batch)))]
             self._items, self.sequence = None, self.special + size
             self._number_images()
+            self._look([size * of for which, of in self.parts or [(0, 1)] * batch if which == 0])
         self.lengths.append([self.special + n for n in self.counts])
         if self._mask is None:
             return None
         if len(args) > 1:
             return (args[0], self._mask, *args[2:]), kwargs
         return args, {**kwargs, "attention_mask": self._mask}
+
+    def _look(self, sizes: list[int]) -> None:
+        """Find out whether the budget asks for anything of images of these sizes, before rows are computed for nothing."""
+        self.idle = self.pruner is None or not self.pruner.asks_to_prune(tuple(sizes))
 
     def _number_images(self) -> None:
         """Which image of its prompt each item is of, where budgets name each.
@@ -209,7 +215,7 @@ class Encoding:
     def requests(self, block: int) -> Iterator[tuple[Request, Callable[[Rows], None]]]:
         """The attention rows wanted of a block."""
         need = self.needs.get(block)
-        if need is None or need.queries is None or not self.counts:
+        if need is None or need.queries is None or self.idle:
             return
         with self.clock.span("selection"):
             counts = self.counts
@@ -224,7 +230,7 @@ class Encoding:
 
     def after_block(self, block: int, output):
         """Run the strategy on the block's output; returns the shortened output, or None to leave it."""
-        if block not in self.needs:
+        if block not in self.needs or self.idle:
             return None
         with self.clock.span("selection"):
             hidden = output[0] if isinstance(output, tuple) else output

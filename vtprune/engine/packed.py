@@ -100,6 +100,7 @@ class PackedEncoding(Encoding):
         self._items = [Item(torch.arange(n * self.tower.cell, device=device), (n,)) for n in self.cells]
         self.counts = [len(item.index) for item in self._items]
         self._number_images()
+        self._look(self.cells)
 
     def _closed_up(self, bounds: Tensor) -> Tensor:
         """Bounds of what is left within `bounds`; between two of them there is something."""
@@ -112,7 +113,7 @@ class PackedEncoding(Encoding):
     def requests(self, block: int) -> Iterator[tuple[Request, Callable[[Rows], None]]]:
         """The attention rows wanted of a block, which attends to one picture after the other."""
         need = self.needs.get(block)
-        if need is None or need.queries is None or not self.items:
+        if need is None or need.queries is None or self.idle:
             return
         with self.clock.span("selection"):
             item, self._segment = self._segment, self._segment + 1
