@@ -358,7 +358,7 @@ class EncodeView(View):
         cell: patches that make one visual token.
         remaining: blocks still to come after which the stage runs and may drop.
         counts: where a strategy sees unequal items together (`Pruner.ragged`), how many patches each has; those behind them
-            only pad. None: all have N.
+            only pad. None: all have N. valid: bool [B, N], False for what pads; None where nothing does.
         parts, owners: of each item, as `part` and `images`, where items are seen together; None: all are as these say.
     """
 
@@ -371,6 +371,7 @@ class EncodeView(View):
     cell: int = 1
     remaining: int = 0
     counts: list[int] | None = None
+    valid: Tensor | None = None
     parts: list[tuple[int, int]] | None = None
     owners: list[tuple[int, ...]] | None = None
 
@@ -380,14 +381,6 @@ class EncodeView(View):
         parts = [(0, 1)] * items if whole else self.parts or [self.part] * items
         owners = self.owners or [self.images] * items
         return [self._target(keep, part, images) for part, images in zip(parts, owners, strict=True)]
-
-    @property
-    def valid(self) -> Tensor | None:
-        """bool [B, N], False where a slot only pads; None if all are patches."""
-        if self.counts is None or min(self.counts) == self.tokens:
-            return None
-        counts = torch.tensor(self.counts, device=self.index.device)
-        return torch.arange(self.tokens, device=self.index.device) < counts[:, None]
 
 
 @dataclass

@@ -134,7 +134,7 @@ def _encoded(run: Pass, images: list[int]) -> list[tuple[int, Tensor]]:
     for block in blocks:
         parts = []
         for i, offset in zip(images, offsets, strict=True):
-            done = [index for at, index in run.records[i].item.cuts if at <= block]
+            done = [index() for at, index in run.records[i].item.cuts if at <= block]
             size = run.records[i].size
             parts.append((done[-1] if done else torch.arange(size, device=run.stream.index.device)) + offset)
         result.append((block, torch.cat(parts)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -101,6 +102,7 @@ class Encoding:
         self._items: list[Item] | None = None
         self.flops = 0  # of what is no block, where a family says so
         self._rows: Rows | None = None
+        self._real: Tensor | None = None  # bool [B, S], False where a row pads; None where none does
         self._mask: Tensor | None = None
 
     @property
@@ -117,7 +119,11 @@ class Encoding:
             (self.sequence - self.special,),
             {name: tensor[at, :count] for name, (tensor, owners) in self.carry.items() if at in owners},
             self.pasts[at],
-            [(block, index[at, : counts[at]]) for block, index, counts, changed in self.cuts if at in changed],
+            [
+                (block, functools.partial(_row, index, at, counts[at]))
+                for block, index, counts, changed in self.cuts
+                if at in changed
+            ],
             self.ordered[at],
         )
 
@@ -218,12 +224,9 @@ class Encoding:
         if need is None or need.queries is None or self.idle:
             return
         with self.clock.span("selection"):
-            counts = self.counts
-            longest, device, valid = self.special + max(counts), self.index.device, None
-            if min(counts) < max(counts):
-                valid = torch.arange(longest, device=device) < torch.tensor([[self.special + n] for n in counts], device=device)
             first = slice(0, 1) if need.queries == "cls" else None
-            yield Request(need, first, None, slice(self.special, longest), valid, None), self._take
+            patches = slice(self.special, self.special + max(self.counts))
+            yield Request(need, first, None, patches, self._real, None), self._take
 
     def _take(self, rows: Rows) -> None:
         self._rows = rows
@@ -257,6 +260,7 @@ class Encoding:
                 depth=self.depth,
                 remaining=remaining,
                 counts=counts if min(counts) < max(counts) else None,
+                valid=self._real[:, self.special :] if min(counts) < max(counts) else None,
                 parts=[parts[i] for i in group],
                 **self._shown(group, max(counts), hidden, rows),
             )
@@ -358,15 +362,20 @@ class Encoding:
         longest, device = max(counts), hidden.device
         places = torch.arange(special, device=device).expand(len(counts), -1)
         index = torch.cat([places, picks + special], 1)
-        self._mask = None
+        self._mask = self._real = None
         if min(counts) < longest:
             lengths = torch.tensor([[special + n] for n in counts], device=device)
-            self._mask = padding_mask(self.kernel(), torch.arange(special + longest, device=device) < lengths, hidden.dtype)
+            self._real = torch.arange(special + longest, device=device) < lengths
+            self._mask = padding_mask(self.kernel(), self._real, hidden.dtype)
         shorter = _along(hidden, index)
         for group, mine in found:
             for at, i in enumerate(group if mine.hidden is not None else ()):
                 shorter[i, special : special + counts[i]] = mine.hidden[at].to(shorter.dtype)
         return shorter
+
+
+def _row(index: Tensor, at: int, count: int) -> Tensor:
+    return index[at, :count]
 
 
 def _along(t: Tensor, index: Tensor) -> Tensor:
@@ -473,13 +482,19 @@ def join_tiles(items: list[Item], layout: Layout) -> Item:
         pasts = [item.past for item in items]
         joined.past = cache(lambda: _joined_past(pasts, number.tolist(), layout.patches))
     for block in sorted({block for item in items for block, _ in item.cuts}):
-        left = []
-        for at, item in enumerate(items):
-            done = [index for b, index in item.cuts if b <= block]
-            patches = done[-1] if done else torch.arange(layout.patches, device=device)
-            left.append(number[patches + at * layout.patches])
-        joined.cuts.append((block, torch.cat([n[n >= 0] for n in left])))
+        joined.cuts.append((block, cache(functools.partial(_joined_cut, items, number, layout.patches, block))))
     return joined
+
+
+def _joined_cut(items: list[Item], number: Tensor, patches: int, block: int) -> Tensor:
+    """What was left of an image's tiles after `block`, by the numbers that their patches have in the image."""
+    left = []
+    for at, item in enumerate(items):
+        done = [found for b, found in item.cuts if b <= block]
+        index = done[-1]() if done else torch.arange(patches, device=number.device)
+        left.append(number[index + at * patches])
+    found = torch.cat(left)
+    return found[found >= 0]
 
 
 def _joined_past(pasts: list[Callable[[], Past]], number: list[int], patches: int) -> Past:

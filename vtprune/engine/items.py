@@ -92,7 +92,7 @@ class Item:
         carry: per-token tensors [N, ...].
         past: gives `merged` and `foreign`, not to be changed. They are for the report alone and take reading from the device,
             so they are found when they are asked for.
-        cuts: (layer, survivors' numbers) after each cut.
+        cuts: (layer, what gives the survivors' numbers) after each cut; for the report alone, as `past`.
         ordered: whether a strategy has rearranged them, so that `index` need not ascend.
         plan: what each frame of a video got, if a strategy said so.
     """
@@ -101,7 +101,7 @@ class Item:
     sizes: tuple[int, ...]
     carry: dict[str, Tensor] = field(default_factory=dict)
     past: Callable[[], Past] = nothing_past
-    cuts: list[tuple[int, Tensor]] = field(default_factory=list)
+    cuts: list[tuple[int, Callable[[], Tensor]]] = field(default_factory=list)
     ordered: bool = False
     plan: FramePlan | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from itertools import accumulate
@@ -149,7 +150,7 @@ class PackedEncoding(Encoding):
                 )
             for item, choice in zip((self.items[i] for i in group), picks.choices(), strict=True):
                 item.cut(choice)
-                item.cuts.append((block, item.index))
+                item.cuts.append((block, functools.partial(torch.Tensor.clone, item.index)))
         self.counts = [len(item.index) for item in self.items]
         left = [self.place[item.index + begin] for item, begin in zip(self.items, self.begins, strict=False)]
         before, self.flow = self.flow, torch.cat(left).sort().values
@@ -199,11 +200,15 @@ class PackedEncoding(Encoding):
         cells = (flowing // cell).view(-1, cell)
         order = cells[:, 0].argsort()
         item = Item(cells[order, 0], patches.sizes)
-        item.cuts = [(block, (index // cell).unique()) for block, index in patches.cuts]
+        item.cuts = [(block, functools.partial(_cells_of, index, cell)) for block, index in patches.cuts]
         rank = torch.searchsorted(patches.index, flowing).view(-1, cell)[order]
         item.carry = {name: _pooled(t[rank]) for name, t in patches.carry.items()}
         item.past = cache(lambda: (_merged(cells[order].tolist()), []))
         return item
+
+
+def _cells_of(index: Callable[[], Tensor], cell: int) -> Tensor:
+    return (index() // cell).unique()
 
 
 def _merged(tokens: list[list[int]]) -> dict[int, list[int]]:

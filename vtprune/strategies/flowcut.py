@@ -51,7 +51,8 @@ def flow_score(
     Returns:
         [B, N] fp32.
     """
-    return (share(attention, valid) + semantic_weight * share(semantic, valid)) * value.float().abs().sum(-1)
+    relation, similarity = share(torch.stack([attention, semantic]), valid)
+    return (relation + semantic_weight * similarity) * value.float().abs().sum(-1)
 
 
 def entropy_ratio(attention: Tensor, epsilon: float = 0.0, valid: Tensor | None = None) -> Tensor:
