@@ -303,7 +303,7 @@ def test_a_refused_crop_leaves_the_cache_whole(model, strategy):
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_an_encoder_without_a_class_token(attn):
-    """SigLIP: what needs CLS refuses, encoder-stage cuts by the mean query work and equal the oracle's."""
+    """SigLIP: what cannot do without CLS refuses, encoder-stage cuts by the mean query work and equal the oracle's."""
 
     @dataclass
     class Mean(vtprune.Pruner):
@@ -318,7 +318,7 @@ def test_an_encoder_without_a_class_token(attn):
 
     model = tiny_llava(attn, siglip=True)
     with pytest.raises(vtprune.UnsupportedError, match=r"cls.*siglip"):
-        vtprune.wrap(model, "flowcut", keep=12)
+        vtprune.wrap(model, "mustdrop", keep=12)
     for pruner in (Mean(), vtprune.FastV(keep=24), vtprune.Uniform(keep=7)):
         with torch.no_grad(), vtprune.pruning(model, pruner) as session:
             out = model(**batch(PROMPTS[:1]), pixel_values=PIXELS[:1])

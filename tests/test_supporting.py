@@ -29,7 +29,8 @@ def cli(*args: str):
 def test_what_is_said_to_work_works(kind):
     model = model_of(kind)
     said = supports(model)
-    assert {name for name, one in said.items() if one.works} >= {"random", "uniform", "divprune", "fastv", "evict"}
+    assert {name for name, one in said.items() if one.works} >= {"random", "uniform", "divprune"}
+    ran = 0
     pictures = ask(kind, [[2, "A", "A", 5] if kind.name == "internvl" else [2, "A", 1, "A", 5]])
     video = None if kind.video is None else ask(kind, [[2, "V", 5]])
     depth = model.config.get_text_config().num_hidden_layers
@@ -41,12 +42,14 @@ def test_what_is_said_to_work_works(kind):
             continue
         assert verdict(one).startswith("yes")
         pruner = strategy_class(name).trial(depth)
-        seen = ([pictures] if one.pictures and name not in FRAMES else []) + ([video] if one.videos else [])
+        seen = ([pictures] if one.pictures and name not in FRAMES else []) + ([video] if one.videos and video else [])
         for asked in seen:
             try:
                 assert run(asked, pruner=pruner, steps=1).report.samples[0].visual_tokens > 0
+                ran += 1
             except vtprune.BudgetError as error:
-                assert "tiles" in str(error) or "mean over" in str(error)  # its default is too little for tiny models
+                assert "keep" in str(error)  # its default is too little for so few tokens or layers
+    assert ran >= 6
 
 
 def test_a_model_without_weights_says_the_same():

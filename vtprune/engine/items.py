@@ -231,7 +231,7 @@ def picked(keep: Keep, tokens: list[int], who: str, doubts: Doubts) -> Picks:
         counts = [len(index) for index in indices]
         indices = torch.nn.utils.rnn.pad_sequence(indices, batch_first=True)
     elif indices.dtype != torch.long or indices.ndim != 2 or len(indices) != items:
-        raise VtpruneError(f"{who} returned indices {list(indices.shape)} for {items} items, or not as int64 [items, kept].")
+        raise VtpruneError(f"{who} returned indices for {len(indices)} of {items} items, or not as 1-D int64 per item.")
     counts = [indices.shape[1]] * items if counts is None else counts
     if len(counts) != items or not all(0 < count <= indices.shape[1] for count in counts):
         raise VtpruneError(f"{who} kept no token of an image; at least one must enter the decoder.")
@@ -251,8 +251,9 @@ def picked(keep: Keep, tokens: list[int], who: str, doubts: Doubts) -> Picks:
     if ragged or kept.device.type != "cpu":
         # an index out of range would end the whole process's use of the device before the check is read
         kept = kept.clamp(0, max(tokens) - 1)
-    if keep.hidden is not None and any(len(hidden) != count for hidden, count in zip(keep.hidden, counts, strict=True)):
-        raise VtpruneError(f"{who} returned {[len(h) for h in keep.hidden]} vectors for {counts} kept tokens.")
+    for hidden, count in zip(keep.hidden, counts, strict=True) if keep.hidden is not None else ():
+        if len(hidden) != count:
+            raise VtpruneError(f"{who} returned {len(hidden)} vectors for {count} kept tokens.")
     return Picks(kept, counts, keep.ordered, keep.hidden, keep.into, keep.foreign)
 
 
