@@ -112,7 +112,7 @@ CPU = (
     "cpu-llava-next-7b-4-layers.json",
     "cpu-llava-1.5-7b-overhead.json",
 )
-GPU = "gpu-h100"
+GPU = "gpu-h200"
 BARS = (
     Bar("encoder and select stage, keep 64, 128, 192 of 576", "at least 95 % of the measured bound", CPU[0],
         _least("bound_share", EARLY), lambda v: v >= 0.95, percent),

@@ -70,14 +70,16 @@ def test_what_its_encoder_refuses(kind):
 @preencoding
 def test_beams_batch_equals_single(kind):
     """Beams stack features anew in some families: what was known of them is found again."""
-    for prompts in [PADDED, [[2, "V", 5], [3, "W", 4]]][: 1 + (kind.video is not None)]:
+    # GLM-V's own expansion for beams repeats each picture, so that those of a prompt with several go astray; vtprune refuses these
+    pictures = PADDED if kind.mixes else [[2, "A", 5], [1, "B", 7]]
+    for prompts in [pictures, [[2, "V", 5], [3, "W", 4]]][: 1 + (kind.video is not None)]:
         asked, options = ask(kind, prompts), {"num_beams": 2}
         # a state of linear attention cannot be evicted from
         hybrid = not all(locate(model_of(kind)).attends)
         pruner = vtprune.create("random" if hybrid else "random+fastv+evict", keep=20, **({} if hybrid else {"layer": 1}))
         together = run(asked, pruner=pruner, **options)
         # PerceptionLM's videos are encoded once for each beam, so each counts
-        step = 2 if kind.name == "perception_lm" and prompts is not PADDED else 1
+        step = 2 if kind.name == "perception_lm" and prompts is not pictures else 1
         assert len(together.report.samples) == step * len(prompts)
         for row in range(len(prompts)):
             alone = run(asked.alone(row), pruner=pruner, **options)
