@@ -84,10 +84,10 @@ def test_the_table_of_families(tmp_path):
     table = table_of_families(found)
     assert all(title in table for title in found)
     page = tmp_path / "page.md"
-    page.write_text("# Before\n\n<!-- families:begin (made) -->\nold\n<!-- families:end -->\n\nafter\n", encoding="utf-8")
+    page.write_text("# Before\n\n<!-- families:begin (made) -->\nOUTDATED\n<!-- families:end -->\n\nafter\n", encoding="utf-8")
     assert cli("list", "--markdown", str(page)).exit_code == 0
     text = page.read_text(encoding="utf-8")
-    assert table in text and "old" not in text and text.startswith("# Before") and text.endswith("after\n")
+    assert table in text and "OUTDATED" not in text and text.startswith("# Before") and text.endswith("after\n")
 
 
 def test_pages_and_options_that_do_not_fit(tmp_path):

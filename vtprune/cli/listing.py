@@ -176,4 +176,7 @@ def _cell(support: Support, family: str) -> tuple[str, tuple[str, ...]]:
 def _general(reason: str, strategy: str, family: str) -> str:
     said = re.sub(rf"^{re.escape(strategy)}\b", "It", reason)
     said = re.sub(r", which '\w+' does not have", ", which this one does not have", said)
-    return said.replace(f"which {family} ", "which the family ").replace(f"{family} ", "The family ", 1) if family else said
+    if family:
+        said = re.sub(rf"^{re.escape(family)}\b", "The family", said)
+        said = re.sub(rf"\b(which|in) {re.escape(family)}\b", r"\1 the family", said)
+    return said
