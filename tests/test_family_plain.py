@@ -70,7 +70,7 @@ def test_what_its_encoder_refuses(kind):
 @preencoding
 def test_beams_batch_equals_single(kind):
     """Beams stack features anew in some families: what was known of them is found again."""
-    # GLM-V's own expansion for beams repeats each picture, so that those of a prompt with several go astray, and fails on videos
+    # GLM-V's own expansion for beams repeats each picture, so several of a prompt go astray, and fails on videos
     pictures = PADDED if kind.mixes else [[2, "A", 5], [1, "B", 7]]
     for prompts in [pictures, [[2, "V", 5], [3, "W", 4]]][: 1 + (kind.video is not None and kind.mixes)]:
         asked, options = ask(kind, prompts), {"num_beams": 2}
