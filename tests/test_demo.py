@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+pytest.importorskip("gradio")
+
 import vtprune
 from demo import depth, gallery, sharing
 from demo.asking import Answer, Column, ask, make
