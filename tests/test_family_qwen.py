@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import transformers
 from harness import ask, assert_masked, assert_same, cache_sizes, run
 from models import IMAGE, VIDEO, preencoding
 from oracle import Watch, oracle_logits
 from PIL import Image
+from processors import processor_of
 from transformers import DynamicCache
 from zoo import glm, model_of, qwen2, qwen3
 
@@ -390,36 +390,6 @@ def test_the_brightest_cell_is_the_one_kept(name):
 
 
 # ---------------------------------------------------------------------- real processors
-
-
-def processor_of(name: str):
-    """The family's processor at the tiny model's patch size, over a tokenizer of characters and its special tokens."""
-    import tokenizers
-
-    start, end = ("<|vision_start|>", "<|vision_end|>") if name != "glm4v" else ("<|begin_of_image|>", "<|end_of_image|>")
-    picture, video = ("<|image_pad|>", "<|video_pad|>") if name != "glm4v" else ("<|image|>", "<|video|>")
-    special = {picture: IMAGE, video: VIDEO, start: qwen2.START, end: qwen2.END}
-    if name == "glm4v":
-        special |= {"<|begin_of_video|>": glm.VIDEO_START, "<|end_of_video|>": glm.VIDEO_END}
-    words = {c: 3 + i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz0123456789.<> ")}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 2, **words, **special}, unk_token="<unk>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        additional_special_tokens=list(special),
-        padding_side="left",
-    )
-    sizes = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
-    sizes |= {"size": {"shortest_edge": 16 * 16 * 2, "longest_edge": 96 * 96 * 8}}
-    if name == "glm4v":
-        return transformers.Glm4vProcessor(
-            transformers.Glm4vImageProcessor(**sizes), tokenizer, transformers.Glm4vVideoProcessor(**sizes)
-        )
-    return transformers.Qwen3VLProcessor(
-        transformers.Qwen2VLImageProcessor(**sizes), tokenizer, transformers.Qwen3VLVideoProcessor(**sizes)
-    )
 
 
 @pytest.mark.parametrize("name", ["qwen3-vl", "qwen3.5", "glm4v"])
