@@ -264,7 +264,9 @@ def test_the_token_of_a_white_cell_is_the_brightest(name, width, height, places)
     (sample,) = report.samples
     assert len(sample.images) == 1 and len(reference.seen) == 1
     found = sample.boxes(0, size, feed.fit)
-    assert found.shape == (sample.visual_tokens, 4) and (found >= 0).all() and (found.max(0) <= [*size, *size]).all()
+    assert (
+        found.shape == (sample.visual_tokens, 4) and found.min() > -1e-6 and (found.max(0) < np.add([*size, *size], 1e-6)).all()
+    )
     starts = np.cumsum([0, *(view.cells for view in sample.views_of(0))])
     for place in places:
         number = int(place * sample.visual_tokens)
@@ -272,8 +274,8 @@ def test_the_token_of_a_white_cell_is_the_brightest(name, width, height, places)
         report, pruner = ran(feed, image, reference.seen[0])
         far = pruner.far(pruner.seen[0])[0].numpy()
         (kept,) = report.samples[0].kept.tolist()
-        # of a tiled picture, the whole and a tile show the cell, and either may be nearer to white
-        assert shared(found[number], found)[kept] > 0.3, (number, kept)
+        # of a tiled picture, the whole and a tile show the cell, at two scales, and either may be nearer to white
+        assert max(shared(found[kept], found)[number], shared(found[number], found)[kept]) > 0.2, (number, kept)
         view = int(np.searchsorted(starts, number, "right")) - 1
         assert starts[view] + far[starts[view] : starts[view + 1]].argmin() == number
         drawn = np.asarray(report.overlay(image, fit=feed.fit))
@@ -398,7 +400,7 @@ def test_frames_that_go_in_as_pictures():
     model, size = blind(build()), (300, 200)
 
     def give(frames):
-        made = processor(videos=[clip_of(frames)], text=["<video>?"], return_tensors="pt", do_sample_frames=False)
+        made = processor(videos=[[clip_of(frames)]], text=["<video>?"], return_tensors="pt", do_sample_frames=False)
         return {key: value for key, value in made.items() if key in ("input_ids", "attention_mask") or "pixel" in key}
 
     feed = Feed(model, give, processor)

@@ -188,6 +188,11 @@ def test_rows_ahead_are_the_attention_of_the_layer(name):
 # ------------------------------------------------------------------ where a token is in its picture
 
 
+def flat(output) -> torch.Tensor:
+    """[tokens, D] features of all tiles, which come as rows and columns in some versions."""
+    return torch.cat([one.flatten(0, -2) for one in output.pooler_output])
+
+
 @pytest.mark.parametrize("kind", JOINED, ids=str)
 def test_the_token_of_a_patch(kind):
     """What changes when one patch does is the token of its cell: patches are joined two by two, in raster order."""
@@ -210,9 +215,9 @@ def test_the_token_of_a_patch(kind):
         return output
 
     with torch.no_grad():
-        plain = torch.cat(list(model.model.get_image_features(**given, return_dict=True).pooler_output))
+        plain = flat(model.model.get_image_features(**given, return_dict=True))
         hook = module.register_forward_hook(after) if kind.name == "ovis2" else module.register_forward_pre_hook(before)
-        nudged = torch.cat(list(model.model.get_image_features(**given, return_dict=True).pooler_output))
+        nudged = flat(model.model.get_image_features(**given, return_dict=True))
         hook.remove()
     changed = ((plain - nudged).abs().amax(-1) > 1e-6).nonzero()[:, 0].tolist()
     assert changed == [TOKENS + row // 2 * (side // 2) + column // 2]
@@ -363,7 +368,7 @@ def test_frames_of_smolvlm_are_pictures():
 
     processor, _, _, build = PROCESSORS["smolvlm"]()
     frames = numpy.random.default_rng(0).integers(0, 255, (4, 60, 80, 3), dtype=numpy.uint8)
-    inputs = processor(videos=[frames], text=["<video>What?"], return_tensors="pt", padding=True)
+    inputs = processor(videos=[[frames]], text=["<video>What?"], return_tensors="pt", padding=True)
     given = {key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask") or "pixel" in key}
     model = build()
     with vtprune.pruning(model, "divprune", keep=7) as session:
