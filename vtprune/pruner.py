@@ -153,6 +153,7 @@ class Encoder:
         cls: whether there is a class token.
         cell: patches that are joined to one visual token behind the last block; 1 where each is one.
         windowed: blocks whose attention stays within windows of a picture, so that no row spans it.
+        whole_cells: whether patches have to leave by whole cells, as those of blocks in between are joined as well.
     """
 
     depth: int
@@ -160,6 +161,7 @@ class Encoder:
     cls: bool
     cell: int = 1
     windowed: frozenset[int] = frozenset()
+    whole_cells: bool = False
 
     @property
     def last(self) -> int:

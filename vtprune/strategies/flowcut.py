@@ -20,6 +20,7 @@ from vtprune.pruner import (
     Needs,
     PrefillView,
     Pruner,
+    UnsupportedError,
     asks_for_fewer,
     check_budget,
 )
@@ -169,6 +170,11 @@ class FlowCut(Pruner):
 
     # Stage V, in the encoder. With a class token the last cut comes one block before the feature block, else after it.
     def encode_needs(self, encoder: Encoder) -> dict[int, Needs]:
+        if encoder.whole_cells and self.groups != "cells":
+            raise UnsupportedError(
+                f"groups={self.groups!r} merges patches across cells of {encoder.cell}, but this vision encoder merges those "
+                f"of its inner blocks as well, before it is known which are left. Give groups='cells'."
+            )
         if not encoder.cls:
             return dict.fromkeys(encoder.whole, Needs(queries="mean", values=True))
         if encoder.depth < 2:
