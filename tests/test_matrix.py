@@ -18,11 +18,7 @@ KINDS = every()
 STRATEGIES = {
     "flowcut": [lambda keep: vtprune.FlowCut(keep=keep)],
     # attention of random models is almost flat: with this exponent much leaves after the first blocks, too
-    "flowcut-twice": [
-        lambda keep: vtprune.FlowCut(keep=min(1.0, keep + 0.2), decoder_keep=keep, every=1, entropy_power=60.0),
-        # where nothing can leave inside the encoder
-        lambda keep: vtprune.FlowCut(decoder_keep=keep).only("prefill"),
-    ],
+    "flowcut-twice": [lambda keep: vtprune.FlowCut(keep=min(1.0, keep + 0.2), decoder_keep=keep, every=1, entropy_power=300.0)],
     "todre": [lambda keep: vtprune.ToDRE(keep=keep, tau=0.6)],
     "mustdrop": [
         lambda keep: vtprune.MustDrop(keep=min(1.0, keep + 0.2), sim_thr=0.1, layers=(0, 12)),
