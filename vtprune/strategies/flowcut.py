@@ -117,7 +117,8 @@ class FlowCut(Pruner):
         newlines: whether separators between a tiled picture's rows stay ("model", ours) or leave ("none", as published)
             once any of its tokens does.
         groups: where patches are merged behind the encoder, whether they stay by whole cells, so that a token is what it
-            was ("cells", ours), or one by one, so that those left are merged in order, across cells ("survivors").
+            was ("cells", ours), or one by one, so that those left are merged in order, across cells ("survivors"; not where
+            patches of inner blocks are merged as well, as in Qwen3-VL).
     Raises:
         BudgetError: for a budget or field without meaning.
     """
