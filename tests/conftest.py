@@ -53,7 +53,8 @@ def pytest_terminal_summary(terminalreporter, config):
             said = f"{bad} FAILED" if bad else f"{found['passed']} held" if "passed" in found else ""
             told.append(said + marks.get((row, column), "") if said else "-")
         write(f"| {row} | " + " | ".join(told) + " |")
-    write("numbers: of promises by prompts by kernels; *: another form of the strategy, or what stands in for it; -: refused, with the reason")
+    write("numbers: of promises by prompts by kernels")
+    write("*: another form of the strategy, or what stands in for it; -: refused, with the reason")
 
 
 def pytest_collection_modifyitems(items):
