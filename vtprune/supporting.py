@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from vtprune.engine.session import Session
-from vtprune.families import locate
+from vtprune.families import FAMILIES, locate
 from vtprune.pruner import Pruner, VtpruneError
 from vtprune.registry import available, strategy_class
 
@@ -56,7 +58,20 @@ def supports(model: nn.Module, strategies: Iterable[str] | None = None) -> dict[
 
 
 def of_class(name: str) -> nn.Module:
-    """The transformers model class `name` with its default configuration and no weights (meta device).
+    """The transformers model class `name` with no weights (meta device), configured by default or as its family's example.
+
+    Raises:
+        AttributeError: if the installed transformers has no such class.
+    """
+    import transformers
+
+    config = config_of(name)
+    with torch.device("meta"):
+        return getattr(transformers, name)(config)
+
+
+def config_of(name: str) -> Any:
+    """The default configuration of the transformers model class `name`, or its family's example where it declares one.
 
     Raises:
         AttributeError: if the installed transformers has no such class.
@@ -64,9 +79,9 @@ def of_class(name: str) -> nn.Module:
     import transformers
 
     cls = getattr(transformers, name)
-    config = cls.config_class()
-    with torch.device("meta"):
-        return cls(config)
+    example = next((family.example for family in FAMILIES if name in family.base_classes and family.example), {})
+    # configurations keep, and change, the dictionaries that they are given
+    return cls.config_class(**copy.deepcopy(dict(example)))
 
 
 def _ask(model: nn.Module, name: str) -> Support:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -18,6 +17,8 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from vtprune.marks import between
 
 USAGE = 2  # exit code of every mistake that the user can mend
 
@@ -197,8 +198,8 @@ def put_between(path: Path, mark: str, text: str) -> None:
         page = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}.") from error
-    found = re.search(rf"<!-- {re.escape(mark)}:begin.*?-->\n(.*?)<!-- {re.escape(mark)}:end -->", page, re.DOTALL)
-    if found is None:
-        raise UserError(f"{path.name} has no place for it: lines <!-- {mark}:begin --> and <!-- {mark}:end --> are needed.")
-    made = page[: found.start(1)] + text.rstrip() + "\n" + page[found.end(1) :]
+    try:
+        made = between(page, f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->", text)
+    except ValueError as error:
+        raise UserError(f"{path.name} has no place for it: {error}") from error
     write_whole(path, lambda place: place.write_text(made, encoding="utf-8"))

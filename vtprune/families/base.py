@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -200,6 +200,7 @@ class Family:
             decoder layers, called with hidden states [B, L, D], placeholders bool [B, L] and features [placeholders, D].
         norm, query, key: names of the norm, query and key projections within a decoder block and its `self_attn`.
         query_gate: whether the query projection makes a gate of each head too, behind its query.
+        example: configuration values of a published model, for classes whose default configuration cannot be built.
     """
 
     name: str
@@ -235,6 +236,7 @@ class Family:
     query: str = "q_proj"
     key: str = "k_proj"
     query_gate: bool = False
+    example: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def sample_layout(self, base: nn.Module, features: Tensor) -> Layout:
         """The layout of a sample's pictures in one row, for families with `tile_tokens`."""

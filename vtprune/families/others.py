@@ -65,6 +65,27 @@ AYA_VISION = Family(
     runs=one_apart,
     # Cohere2's layers of full attention know no positions
     sealed="its projector joins patches two by two (pixel shuffle), so they cannot leave one by one",
+    # as of aya-vision-8b; by default the encoder's width is no multiple of its heads
+    example={
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 364,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "text_config": {
+            "model_type": "cohere2",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    },
 )
 PERCEPTION_LM = Family(
     name="PerceptionLM",
@@ -76,6 +97,34 @@ PERCEPTION_LM = Family(
     video_features="get_image_features",
     tiles_apart=True,
     sealed="its projector pools patches two by two and its encoder is timm's, which hands out no attention rows",
+    # as of Perception-LM-1B; by default there is no encoder that it could take
+    example={
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {
+                "embed_dim": 1024,
+                "depth": 23,
+                "img_size": [448, 448],
+                "ref_feat_shape": [32, 32],
+                "global_pool": "",
+                "use_post_transformer_norm": False,
+                "init_values": 0.1,
+            },
+            "do_pooling": False,
+        },
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "max_position_embeddings": 11520,
+        },
+        "projector_pooling_ratio": 2,
+    },
 )
 FAST_VLM = Family(
     name="FastVLM",

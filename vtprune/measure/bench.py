@@ -289,16 +289,34 @@ def allocated(run: Callable[[], Any]) -> int:
     Counted from the allocations themselves (the profiler's memory events), as a process's resident size also shows what
     the C library has not yet given back, and what other threads do. Scratch memory inside kernels' libraries is not in it.
     """
-    from torch.profiler import ProfilerActivity, profile
+    return max(allocated_around(run, None))
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+
+def allocated_around(run: Callable[[], Any], module: nn.Module | None) -> tuple[int, int]:
+    """As `allocated`, until `run` first calls `module`, and from then on (0 if it does not)."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    name = "vtprune: called"
+
+    def called(*_: Any) -> None:
+        with record_function(name):
+            pass
+
+    hook = None if module is None else module.register_forward_pre_hook(called, prepend=True)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+    finally:
+        if hook is not None:
+            hook.remove()
+    held, most, phase = 0, [0, 0], 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == name:
+            phase = 1
+        elif event.name() == "[memory]":
+            held += event.nbytes()
+        most[phase] = max(most[phase], held)
+    return most[0], most[1]
 
 
 def measure(

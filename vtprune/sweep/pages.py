@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vtprune.marks import between
 from vtprune.sweep import plots
 from vtprune.sweep.config import SweepError
 from vtprune.sweep.report import LEVEL, RESAMPLES, Report, Row, Section, Value
@@ -49,12 +50,13 @@ def put_table(report: Report, path: str | Path) -> None:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SweepError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}.") from error
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SweepError(f"{path.name} needs the lines {BEGIN} and {END}, each once and in this order; the table goes between.")
     sections = [_section(number, section, report, drawn=False) for number, section in enumerate(report.sections, 1)]
     table = _environment(html=False).get_template("table.md.j2").render(report=report, sections=sections, level=LEVEL)
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    write_text(path, f"{before}\n{table.strip()}\n{after}")
+    try:
+        made = between(text, BEGIN, END, table)
+    except ValueError as error:
+        raise SweepError(f"{path.name}: {error}") from error
+    write_text(path, made)
 
 
 def _environment(html: bool):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune import embedded
+from vtprune.marks import between
 from vtprune.measure.flops import stack_flops
 from vtprune.pruner import Encoder
 from vtprune.vllm.choosing import rehearse
@@ -234,8 +235,7 @@ def between_markers(page: str, table: str) -> str:
     Raises:
         ServerError: if it does not have one of each, in this order.
     """
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end or BEGIN in tail or END in head:
-        raise ServerError(f"the page needs a line {BEGIN} and after it a line {END}; the table goes between them.")
-    return f"{head}{BEGIN}\n{table.strip()}\n{END}{tail}"
+    try:
+        return between(page, BEGIN, END, table)
+    except ValueError as error:
+        raise ServerError(f"the page cannot be written: {error}") from error
