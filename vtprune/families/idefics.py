@@ -20,5 +20,7 @@ IDEFICS3 = Family(
     runs=marked,
     tile_tokens=lambda base: base.image_seq_len,
     sealed="its connector joins neighbouring patches (pixel shuffle), so they cannot leave one by one",
+    # by default, some versions have a padding token beyond the text model's vocabulary
+    example={"text_config": {"model_type": "llama", "pad_token_id": 0}},
 )
 SMOL_VLM = replace(IDEFICS3, name="SmolVLM", base_classes=("SmolVLMModel",))
