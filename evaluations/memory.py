@@ -570,7 +570,7 @@ def main() -> None:
         known = json.loads(args.json.read_text(encoding="utf-8"))
         if known["setting"]["command"] != setting["command"]:
             parser.error(f"{args.json} was made by `{known['setting']['command']}`; give another file.")
-        rows = known["rows"]
+        rows, setting = known["rows"], setting if set(args.only or classes()) - set(known["rows"]) else known["setting"]
     for name in args.only or classes():
         if name not in rows:
             rows[name] = [asdict(peak) for peak in measure(name, args.narrow, args.depth, args.computed)]

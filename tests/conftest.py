@@ -23,6 +23,40 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--table", action="store_true", help="print the outcomes of test_matrix.py as a table")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Family by strategy: how many tests held, or failed; nothing where none applied."""
+    if not config.getoption("--table"):
+        return
+    cells: dict[str, dict[str, dict[str, int]]] = {}
+    marks: dict[tuple[str, str], str] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            about = dict(getattr(report, "user_properties", ()))
+            if "row" in about:
+                row, column = about["row"], about["column"]
+                found = cells.setdefault(row, {}).setdefault(column, {})
+                found[outcome] = found.get(outcome, 0) + 1
+                marks[row, column] = about["mark"]
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    write = terminalreporter.write_line
+    write("| family | " + " | ".join(columns) + " |")
+    write("|---" * (len(columns) + 1) + "|")
+    for row in sorted(cells):
+        told = []
+        for column in columns:
+            found = cells[row].get(column, {})
+            bad = found.get("failed", 0) + found.get("error", 0)
+            said = f"{bad} FAILED" if bad else f"{found['passed']} held" if "passed" in found else ""
+            told.append(said + marks.get((row, column), "") if said else "-")
+        write(f"| {row} | " + " | ".join(told) + " |")
+    write("numbers: of promises by prompts by kernels")
+    write("*: another form of the strategy, or what stands in for it; -: refused, with the reason")
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -69,7 +69,8 @@ def _window_index(visual, grids: torch.Tensor) -> torch.Tensor:
 
 
 def _packed_masks(model, turns: list[Turn]):
-    """Masks in a vision tower that runs all pictures as one sequence: a kernel in place of its own reads them."""
+    """Masks in a vision tower that runs all pictures as one sequence: a kernel in place of its own reads them. Videos, which
+    are encoded after the pictures, have none."""
     visual, cell = model.model.visual, model.model.visual.spatial_merge_size**2
     samples = [turn.sample for turn in turns]
     order = None
@@ -83,7 +84,9 @@ def _packed_masks(model, turns: list[Turn]):
             for at, index in sample.encoded:
                 if at < block:
                     left = torch.zeros_like(left).index_fill(0, index, True)
-            alive.append(left)
+            parts = left.split(sample.images)
+            assert all(part.all() for part, frames in zip(parts, sample.frames, strict=True) if frames > 1)
+            alive += [part for part, frames in zip(parts, sample.frames, strict=True) if frames == 1]
         cells = torch.cat(alive)
         masks[layer.attn] = (cells if order is None else cells[order]).repeat_interleave(cell)
         cursor[layer.attn] = 0
@@ -91,7 +94,7 @@ def _packed_masks(model, turns: list[Turn]):
     def kernel(module, query, key, value, attention_mask, scaling=None, **kwargs):
         n, at = query.shape[2], cursor[module]
         cursor[module] += n
-        allowed = masks[module][at : at + n] | torch.eye(n, dtype=torch.bool)
+        allowed = masks[module][at : at + n] | torch.eye(n, dtype=torch.bool) if at < len(masks[module]) else None
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
@@ -387,7 +390,7 @@ class Watch:
         self.targets: dict[int, set[int]] = {}
         self._model, self._undo = model, []
         base = model.model
-        self.sealed = bool(locate(model).family.sealed)
+        self.sealed, self.packed = bool(locate(model).family.sealed), locate(model).tower is not None
         self._wrapped = base.get_image_features
 
         @functools.wraps(self._wrapped)  # generate() reads its signature
@@ -439,7 +442,8 @@ class Watch:
         pictures = sample.frames.count(1)
         # nothing leaves inside a sealed encoder, or from videos; masks per tile would need the packing undone
         turn.whole = (self.sealed and not sample.encoded) or not pictures
-        if not turn.whole and (self.remade or sample.slots is not None or pictures < len(sample.images)):
+        beside_videos = pictures < len(sample.images) and not self.packed
+        if not turn.whole and (self.remade or sample.slots is not None or beside_videos):
             turn.features = self.features[first : first + pictures]
         for layer, tokens in self.targets.items():
             if sample.images:

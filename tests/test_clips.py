@@ -169,7 +169,8 @@ def test_placeholders_are_as_many_as_the_tokens(model, processor):
     assert inputs["pixel_values_videos"].shape == (1, 8, 3, 168, 168)
     assert int((inputs["input_ids"] == model.config.video_token_id).sum()) == 8 * 36 + 1
     with torch.inference_mode():
-        assert model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output.shape[1] == 8 * 36 + 1
+        found = model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output.shape[1]
+        assert found in (8 * 36, 8 * 36 + 1)  # the newline behind the frames is added later before transformers 5.18
         picture = processor(images=open_video(frames[:1]).frames().__next__().image,
                             text=prompt(processor, "image", "Where is the star?"), return_tensors="pt")  # fmt: skip
         assert int((picture["input_ids"] == model.config.image_token_id).sum()) == 300

@@ -3,24 +3,28 @@ vectors of the published code, and the promises."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import pytest
 import torch
 import transformers
+from harness import ask
 from models import IMAGE, preencoding, tiny_llava, tiny_qwen, tiny_tiled
-from oracle import Watch, _window_index, oracle_logits
+from oracle import Turn, Watch, _packed_masks, _window_index, oracle_logits
 from test_families import PROMPTS, besides, fed, inputs_of, run
 from test_golden_flowcut import KERNELS, golden, load_weights, tensor
 from transformers import DynamicCache
+from zoo import glm, qwen2, qwen3
+from zoo import model_of as model_of_kind
 
 import vtprune
 from vtprune.engine.attention import Request, attention_rows
-from vtprune.families.base import Layout, Site, Tower
+from vtprune.families.base import Layout, Site
 from vtprune.families.llava import LLAVA_NEXT
-from vtprune.families.qwen import QWEN_VL, _by_window
+from vtprune.families.qwen import _by_window
 from vtprune.pruner import Keep, Needs
+from vtprune.reporting import SampleReport
 from vtprune.strategies.flowcut import drop_count
 
 QWEN = "flowcut_qwen_vit_d8_16x12_t8"
@@ -296,19 +300,23 @@ def test_chat_goes_on_over_the_same_cache(family, strategy):
 
 # ---------------------------------------------------------------------- towers that join patches
 
+JOINING = {kind.name: kind for kind in [*qwen2.KINDS, *qwen3.KINDS, *glm.KINDS] if kind.available}
+every_tower = pytest.mark.parametrize("name", JOINING)
+DEEP = [name for name in JOINING if name.startswith("qwen3-vl")]
+
 
 @dataclass
 class Fixed(vtprune.Pruner):
     """Keeps given cells of each picture, after a given block; `odd` drops one patch of them besides."""
 
     keep: float = 0.5
-    block: int = 5
+    block: int | None = None
     odd: bool = False
     name = "fixed"
     cells = True
 
     def encode_needs(self, encoder):
-        return {self.block: Needs()}
+        return {encoder.last if self.block is None else self.block: Needs()}
 
     def encode(self, view):
         assert view.cell == 4 and view.tokens == 4 * view.total and view.target(self.keep) == round(self.keep * view.total)
@@ -317,33 +325,87 @@ class Fixed(vtprune.Pruner):
         return Keep([patches[self.odd :]] * len(view.index))
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2.5"])
+def tower_of(name: str, pictures=("A", "B", "A")):
+    """A family's model, what goes into its tower, and for the cells of all pictures together whether `Fixed` keeps them."""
+    asked = ask(JOINING[name], [[1, *pictures]])
+    sizes = (asked.given[0]["image_grid_thw"].prod(-1) // 4).tolist()
+    return model_of_kind(JOINING[name]), asked.given[0], torch.cat([torch.arange(n) % 3 == 0 for n in sizes])
+
+
+def features_of(model, given):
+    """Features of all pictures, and those of inner blocks."""
+    output = model.model.get_image_features(**given, return_dict=True)
+    levels = output.get("deepstack_features", ())
+    # newer versions split these by picture as well
+    inner = [level if isinstance(level, torch.Tensor) else torch.cat(list(level)) for level in levels]
+    return torch.cat(list(output.pooler_output)), inner
+
+
+@every_tower
 @torch.no_grad()
-def test_cells_are_where_they_were(family):
-    model = model_of(family)
-    _, given = inputs(family, [[1, "A", "B", "A"]])
-    whole = model.model.get_image_features(**given[0], return_dict=True).pooler_output
+def test_cells_are_where_they_were(name):
+    model, given, kept = tower_of(name)
+    whole, _ = features_of(model, given)
     with vtprune.pruning(model, Fixed()):
-        features = model.model.get_image_features(**given[0], return_dict=True).pooler_output
-    assert [len(f) for f in features] == [24, 30, 24]
-    for a, b in zip(features, whole, strict=True):
-        kept = torch.arange(0, len(b), 3)
-        assert a._vtprune.item.index.tolist() == kept.tolist()
-        # after the last block nothing attends any more, so they are what they were
-        torch.testing.assert_close(a[kept], b[kept], atol=1e-5, rtol=1e-5)
-        others = torch.ones(len(b), dtype=torch.bool)
-        others[kept] = False
-        assert not a[others].any() and b[others].any(-1).all()
+        features, _ = features_of(model, given)
+        pictures = model.model.get_image_features(**given, return_dict=True).pooler_output
+    for picture, mine in zip(pictures, kept.split([24, 30, 24]), strict=True):
+        assert picture._vtprune.item.index.tolist() == mine.nonzero()[:, 0].tolist()
+    # after the last block nothing attends any more, so they are what they were
+    torch.testing.assert_close(features[kept], whole[kept], atol=1e-5, rtol=1e-5)
+    assert not features[~kept].any() and whole[~kept].any(-1).all()
 
 
+@every_tower
+@pytest.mark.parametrize("block", [0, 1])
 @torch.no_grad()
-def test_patches_that_make_no_whole_token_are_refused():
-    model = model_of("qwen2")
-    _, given = inputs("qwen2", [[1, "A"]])
+def test_features_are_those_of_a_tower_that_attends_to_what_is_left(name, block):
+    """Also of inner blocks, those before the cut and those behind it."""
+    model, given, kept = tower_of(name)
+    whole, inner = features_of(model, given)
+    cut = [(block, kept.nonzero()[:, 0])]
+    sample = SampleReport(len(kept), cut[0][1], [], encoded=cut, images=[24, 30, 24], frames=[1] * 3)
+    (undo,) = _packed_masks(model, [Turn([], [], sample, None, given)])
+    try:
+        masked, inner_masked = features_of(model, given)
+    finally:
+        undo.remove()
+    with vtprune.pruning(model, Fixed(block=block)):
+        left, inner_left = features_of(model, given)
+    assert not left[~kept].any()
+    torch.testing.assert_close(left[kept], masked[kept], atol=1e-5, rtol=1e-5)
+    last = block + 1 == len(model.model.visual.blocks)
+    assert torch.allclose(masked[kept], whole[kept], atol=1e-3) == last, "blocks that follow miss what was cut"
+    joined = getattr(model.model.visual, "deepstack_visual_indexes", [])
+    assert len(inner_left) == len(inner_masked) == len(joined)
+    for at, less, mask, full in zip(joined, inner_left, inner_masked, inner, strict=True):
+        torch.testing.assert_close(less[kept], mask[kept], atol=1e-5, rtol=1e-5)
+        if at < block:
+            assert torch.equal(less, full)
+        else:
+            assert not less[~kept].any()
+    again, _ = features_of(model, given)
+    assert torch.equal(again, whole)
+
+
+@every_tower
+@torch.no_grad()
+def test_patches_that_make_no_whole_token_are_refused(name):
+    model, given, _ = tower_of(name, "A")
     with vtprune.pruning(model, Fixed(odd=True)), pytest.raises(vtprune.VtpruneError, match="joins 4 at a time"):
-        model.model.get_image_features(**given[0], return_dict=True)
+        features_of(model, given)
     # and nothing of that run is left behind
     assert not model.model.visual.blocks[0]._forward_pre_hooks and "get_image_features" not in vars(model.model)
+
+
+@pytest.mark.parametrize("name", DEEP)
+@torch.no_grad()
+def test_patches_joined_between_blocks_leave_by_whole_cells(name):
+    model, given, _ = tower_of(name, "A")
+    with vtprune.pruning(model, Fixed(block=0, odd=True)), pytest.raises(vtprune.UnsupportedError, match="whole cells of 4"):
+        features_of(model, given)
+    with pytest.raises(vtprune.UnsupportedError, match=r"inner blocks as well.*groups='cells'"):
+        vtprune.wrap(model, vtprune.FlowCut(keep=8, groups="survivors"))
 
 
 def test_the_order_of_windows_is_the_towers():
@@ -377,75 +439,21 @@ def test_windows_close_up():
     assert all(sum(n) == 4 * 18 and min(n) > 0 and max(n) <= 16 for n in (encoding.lengths[2], encoding.lengths[4]))
 
 
-@pytest.mark.skipif(not hasattr(transformers, "Qwen3VLModel"), reason="needs Qwen3-VL")
-@torch.no_grad()
-def test_towers_that_join_patches_between_blocks_as_well(monkeypatch):
-    """Features of inner blocks come at full length, too: each of them of the cells that were left there."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "depth": 4, "out_hidden_size": 32}
-    config = transformers.Qwen3VLConfig(
-        vision_config={**sizes, "patch_size": 8, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]},
-        text_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "vocab_size": 100,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-        },
-        image_token_id=IMAGE,
-        video_token_id=98,
-    )
-    torch.manual_seed(0)
-    model = transformers.Qwen3VLModel._from_config(config, attn_implementation="sdpa").eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    tower = Tower(4, inner=("visual.deepstack_merger_list",))
-    family = replace(QWEN_VL, name="mine", base_classes=("Qwen3VLModel",), packed=lambda base: tower)
-    monkeypatch.setattr("vtprune.families.FAMILIES", (family,))
-    _, given = inputs("qwen2", [[1, "A", "B"]])
-
-    def features():
-        output = model.get_image_features(**given[0], return_dict=True)
-        # newer versions split these by picture as well
-        levels = [level if isinstance(level, torch.Tensor) else torch.cat(list(level)) for level in output.deepstack_features]
-        return torch.cat(list(output.pooler_output)), levels
-
-    whole, inner = features()
-    with vtprune.pruning(model, Fixed(block=2)):
-        left, less = features()
-    kept = torch.cat([torch.arange(0, 24, 3), torch.arange(0, 30, 3) + 24])
-    others = torch.ones(54, dtype=torch.bool)
-    others[kept] = False
-    torch.testing.assert_close(less[0], inner[0])  # before the cut
-    torch.testing.assert_close(less[1][kept], inner[1][kept], atol=1e-5, rtol=1e-5)  # of the block that it comes after
-    assert not less[1][others].any() and not left[others].any() and left[kept].any(-1).all()
-    assert not torch.allclose(left[kept], whole[kept], atol=1e-3)  # a block follows, in which others are missed
-    with vtprune.pruning(model, Fixed(block=1, odd=True)), pytest.raises(vtprune.UnsupportedError, match="whole cells of 4"):
-        features()
-    again, _ = features()
-    assert torch.equal(again, whole)
-
-
-def test_pictures_beside_videos():
+@every_tower
+def test_pictures_beside_videos(name):
     """Inside the tower only pictures lose patches; a later stage cuts both."""
-    from test_videos import fed as feed_both
-    from test_videos import inputs_of as both
-
-    model = model_of("qwen2")
-    ids, given = both("qwen2", [[2, "A", 3, "V", 4]])
+    kind = JOINING[name]
+    model, prompt = model_of_kind(kind), [[2, "A", 3, "V", 4]] if kind.mixes else [[2, "V", 4]]
+    given = ask(kind, prompt).inputs()
     with pytest.raises(vtprune.UnsupportedError, match="video"), vtprune.pruning(model, "flowcut", keep=8):
-        model(**feed_both("qwen2", ids, given))
+        model(**given)
     with torch.no_grad(), vtprune.pruning(model, vtprune.FlowCut(keep=8, decoder_keep=6)) as session:
-        model(**feed_both("qwen2", ids, given))
+        model(**given)
         sample = session.report.samples[0]
-    assert sample.frames[0] == 1 < sample.frames[1] and len(sample.kept) == 8 + sample.images[1]
-    assert len(sample.layers[-1]) == 12
-    assert any("no videos" in note for note in session.report.notes) and any(
-        "mean query" in note for note in session.report.notes
-    )
+    assert sample.frames == [1, 4][-len(sample.images) :] and len(sample.kept) == (8 + 24 if kind.mixes else 24)
+    assert len(sample.layers[-1]) == 6 * len(sample.images)
+    notes = session.report.notes
+    assert any("no videos" in note for note in notes) and any("mean query" in note for note in notes) == kind.mixes
 
 
 # ---------------------------------------------------------------------- rows, notes and refusals

@@ -6,6 +6,7 @@ The promises over all families, these included, are in test_matrix.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import pytest
 import torch
@@ -35,6 +36,22 @@ STRATEGIES = {
 }
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 every_windowed = pytest.mark.parametrize("name", WINDOWED)
+
+
+@lru_cache
+def second_turns(name: str) -> bool:
+    """Whether the bare model says the same of text that follows over a cache as of the whole in one run."""
+    kind = KINDS[name]
+    inputs, more = ask(kind, [[2, "A", 5]]).inputs(), torch.tensor([prompt(6)[1:]])
+    whole = torch.cat([inputs["input_ids"], more], 1)
+    cache = DynamicCache(config=text_config(kind))
+    with torch.no_grad():
+        model_of(kind)(**inputs, past_key_values=cache)
+        later = model_of(kind)(input_ids=more, past_key_values=cache).logits
+        once = model_of(kind)(
+            **{**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole), **kind.types(whole)}
+        ).logits[:, -more.shape[1] :]
+    return torch.allclose(later, once, atol=1e-3, rtol=1e-3)
 
 
 def text_config(kind, attn="sdpa"):
@@ -133,6 +150,8 @@ def test_text_follows_over_the_same_cache(name, strategy):
     kind = KINDS[name]
     if kind.said:
         pytest.skip("its prompts are seen in both directions, and the next turn's in one: no one run has such masks")
+    if not second_turns(name):
+        pytest.skip("the bare model's own second turn over a cache is not what it is in one run, in this version")
     for positions in kind.positions:
         logits, expected, _, _ = chat(kind, [[2, "A", 5], [6]], STRATEGIES[strategy](), positions=positions, steps=12)
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
@@ -283,7 +302,7 @@ def test_attention_in_both_directions_shows_in_the_rows():
 
 @pytest.mark.parametrize("name", ["paligemma", "gemma3"])
 def test_without_token_types(name):
-    """What the model then does is its own affair (PaliGemma's sdpa attends in both directions); pruning changes none of it."""
+    """What the model then does is its own affair (PaliGemma may attend in both directions); pruning changes none of it."""
     kind = KINDS[name]
     for attn in ("sdpa", "eager"):
         model, asked = model_of(kind, attn), ask(kind, [[2, "A", 5]], attn)
@@ -291,12 +310,15 @@ def test_without_token_types(name):
         inputs["attention_mask"] = None
         with torch.no_grad():
             whole = model(**inputs).logits
+            before = slice(0, 2 + TOKENS if name == "paligemma" else 3 + TOKENS)
+            # with another token at the end
+            other = {**inputs, "input_ids": torch.cat([inputs["input_ids"][:, :-1], 103 - inputs["input_ids"][:, -1:]], 1)}
+            both_ways = not torch.allclose(model(**other).logits[:, before], whole[:, before], atol=1e-4)
+            assert not both_ways or name == "paligemma"
             for keep in (1.0, 0.99):
                 # the last visual token goes: nothing sees it but itself and what comes after, or all of the prompt
                 with vtprune.pruning(model, Last(keep), positions="original"):
                     pruned = model(**inputs).logits
-                both_ways = name == "paligemma" and attn == "sdpa"
-                before = slice(0, 2 + TOKENS if name == "paligemma" else 3 + TOKENS)
                 if keep == 1.0:
                     assert torch.equal(whole, pruned)
                 elif both_ways:
@@ -323,10 +345,12 @@ def test_beams_carry_their_windows(name):
     kind = KINDS[name]
     asked = ask(kind, PADDED)
     model = model_of(kind)
+    inputs, options = asked.inputs(), {"max_new_tokens": 12, "min_new_tokens": 12, "num_beams": 3, "do_sample": False}
+    if not torch.equal(model.generate(**inputs, **options), model.generate(**inputs, **options, use_cache=False)):
+        pytest.skip("the bare model's own beams under a window differ with and without a cache, in this version")
     with vtprune.pruning(model, STRATEGIES["prefill"]()):
-        inputs = asked.inputs()
-        beams = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, num_beams=3, do_sample=False)
-        again = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, num_beams=3, do_sample=False, use_cache=False)
+        beams = model.generate(**inputs, **options)
+        again = model.generate(**inputs, **options, use_cache=False)
     assert torch.equal(beams, again)
 
 

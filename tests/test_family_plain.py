@@ -13,6 +13,7 @@ import zoo.plain as zoo_plain
 from harness import ask, run
 from models import IMAGE, TOKENS, preencoding
 from oracle import Watch, oracle_logits
+from processors import PROCESSORS
 from transformers import DynamicCache
 from zoo import every, model_of
 from zoo.plain import KINDS, NEWLINE, WORDS, marked, worded
@@ -187,6 +188,11 @@ def test_rows_ahead_are_the_attention_of_the_layer(name):
 # ------------------------------------------------------------------ where a token is in its picture
 
 
+def flat(output) -> torch.Tensor:
+    """[tokens, D] features of all tiles, which come as rows and columns in some versions."""
+    return torch.cat([one.flatten(0, -2) for one in output.pooler_output])
+
+
 @pytest.mark.parametrize("kind", JOINED, ids=str)
 def test_the_token_of_a_patch(kind):
     """What changes when one patch does is the token of its cell: patches are joined two by two, in raster order."""
@@ -209,9 +215,9 @@ def test_the_token_of_a_patch(kind):
         return output
 
     with torch.no_grad():
-        plain = torch.cat(list(model.model.get_image_features(**given, return_dict=True).pooler_output))
+        plain = flat(model.model.get_image_features(**given, return_dict=True))
         hook = module.register_forward_hook(after) if kind.name == "ovis2" else module.register_forward_pre_hook(before)
-        nudged = torch.cat(list(model.model.get_image_features(**given, return_dict=True).pooler_output))
+        nudged = flat(model.model.get_image_features(**given, return_dict=True))
         hook.remove()
     changed = ((plain - nudged).abs().amax(-1) > 1e-6).nonzero()[:, 0].tolist()
     assert changed == [TOKENS + row // 2 * (side // 2) + column // 2]
@@ -262,91 +268,8 @@ def spans_of(ids: list[int]) -> list[tuple[int, int]]:
 
 # ------------------------------------------------------------------ the real processors
 
-torchvision = pytest.importorskip("torchvision")
+pytest.importorskip("torchvision")
 PIL = pytest.importorskip("PIL.Image")
-SIDE = zoo_plain.SIDE
-
-
-def tokenizer(special: list[str], **named: str):
-    """Bytes, and special tokens as one id each."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={letter: at for at, letter in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    text = PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens=named or None
-    )
-    text.add_special_tokens({"additional_special_tokens": special})
-    text.padding_side = "left"
-    return text
-
-
-IDEFICS = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
-IDEFICS += [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
-
-
-def idefics_processor(family: str):
-    import transformers
-
-    size = {"size": {"longest_edge": 3 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
-    image, text = getattr(transformers, f"{family}ImageProcessor")(**size), tokenizer(IDEFICS)
-    if family == "Idefics3":
-        processor = transformers.Idefics3Processor(image, text, image_seq_len=TOKENS)
-    else:
-        pytest.importorskip("num2words")
-        video = transformers.SmolVLMVideoProcessor(
-            size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, num_frames=4
-        )
-        processor = transformers.SmolVLMProcessor(image, text, video, image_seq_len=TOKENS)
-    token = text.convert_tokens_to_ids("<image>")
-    return processor, "<image>", token, lambda: zoo_plain.idefics(family, "sdpa", len(text), token)
-
-
-def aya_processor():
-    import transformers
-
-    text = tokenizer(
-        ["<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE_GLOBAL", *[f"TILE_{n}" for n in range(1, 13)]]
-    )
-    image = transformers.GotOcr2ImageProcessor(size={"height": SIDE, "width": SIDE}, crop_to_patches=True, max_patches=6)
-    processor = transformers.AyaVisionProcessor(image, text, patch_size=8, img_size=SIDE, downsample_factor=2)
-    token = text.convert_tokens_to_ids("<|IMG_PATCH|>")
-    return processor, "<image>", token, lambda: zoo_plain.aya("sdpa", len(text), token)
-
-
-def ovis_processor():
-    import transformers
-
-    words = [f"<IMG_{name}>" for name in ("START", "GRID", "COL", "ROW", "END")]
-    text = tokenizer(["<image>", "<IMG_ATOM>", *words])
-    image = transformers.Ovis2ImageProcessor(size={"height": SIDE, "width": SIDE}, crop_to_patches=True, max_patches=6)
-    processor = transformers.Ovis2Processor(image, text, image_seq_length=TOKENS)
-    token, ids = text.convert_tokens_to_ids("<IMG_ATOM>"), tuple(text.convert_tokens_to_ids(words))
-    return processor, "<image>", token, lambda: zoo_plain.ovis("sdpa", len(text), token, ids)
-
-
-def perception_processor():
-    import transformers
-
-    pytest.importorskip("timm")
-    text = tokenizer([], image_token="<|image|>", video_token="<|video|>")
-    side = zoo_plain.PE_SIDE
-    image = transformers.PerceptionLMImageProcessor(tile_size=side, max_num_tiles=4)
-    video = transformers.PerceptionLMVideoProcessor(size={"height": side, "width": side})
-    processor = transformers.PerceptionLMProcessor(video, image, text, patch_size=16, pooling_ratio=2)
-    token, frame = text.convert_tokens_to_ids(["<|image|>", "<|video|>"])
-    return processor, "<|image|>", token, lambda: zoo_plain.perception("sdpa", len(text), token, frame)
-
-
-PROCESSORS = {
-    "idefics3": lambda: idefics_processor("Idefics3"),
-    "smolvlm": lambda: idefics_processor("SmolVLM"),
-    "aya": aya_processor,
-    "ovis2": ovis_processor,
-    "perception_lm": perception_processor,
-}
 every_processor = pytest.mark.parametrize("name", PROCESSORS)
 # (width, height, where it is bright: left, top)
 PICTURES = [(320, 150, 0.55, 0.25), (90, 100, 0.1, 0.7)]
@@ -445,7 +368,7 @@ def test_frames_of_smolvlm_are_pictures():
 
     processor, _, _, build = PROCESSORS["smolvlm"]()
     frames = numpy.random.default_rng(0).integers(0, 255, (4, 60, 80, 3), dtype=numpy.uint8)
-    inputs = processor(videos=[frames], text=["<video>What?"], return_tensors="pt", padding=True)
+    inputs = processor(videos=[[frames]], text=["<video>What?"], return_tensors="pt", padding=True)
     given = {key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask") or "pixel" in key}
     model = build()
     with vtprune.pruning(model, "divprune", keep=7) as session:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import transformers
 from harness import ask, assert_masked, assert_same, cache_sizes, run
 from models import IMAGE, VIDEO, preencoding
 from oracle import Watch, oracle_logits
 from PIL import Image
+from processors import processor_of
 from transformers import DynamicCache
 from zoo import glm, model_of, qwen2, qwen3
 
@@ -26,6 +26,7 @@ KINDS = {kind.name: kind for kind in [*qwen2.KINDS, *qwen3.KINDS, *glm.KINDS] if
 NEW = [name for name in KINDS if name not in ("qwen2", "qwen2.5")]
 CORE = ["qwen2", "qwen2.5", "qwen3-vl", "qwen3.5", "glm4v"]  # the others differ from one of them in experts or sizes
 HYBRID = [name for name in KINDS if name.startswith("qwen3.5")]
+DEEP = [name for name in KINDS if name.startswith("qwen3-vl")]
 # the hybrid models here attend in layers 1 and 2 of 0 .. 3
 STRATEGIES = {
     "todre": lambda: vtprune.ToDRE(keep=0.4, tau=0.6),
@@ -35,8 +36,12 @@ STRATEGIES = {
     "random+fastv": lambda: vtprune.Random(keep=0.6) + vtprune.FastV(keep=0.45, layer=2),
     "divprune+fastv+evict": lambda: vtprune.create("divprune+fastv+evict", keep=0.4, layer=1),
     "moving": lambda: Moving(keep=0.4),
+    # inside the vision tower; attention of random models is almost flat, but for the exponent little would leave early
+    "flowcut-twice": lambda: vtprune.FlowCut(keep=14, decoder_keep=7, every=1, entropy_power=300.0),
+    "flowcut-survivors": lambda: vtprune.FlowCut(keep=14, decoder_keep=7, groups="survivors", entropy_power=300.0),
 }
-REFUSED = {"divprune+fastv+evict"}  # by linear attention: it evicts
+EVICTS = {"divprune+fastv+evict"}  # refused by linear attention
+ACROSS = {"flowcut-survivors"}  # refused by towers that join patches of inner blocks
 PROMPTS = {
     "padded": [[2, "A", 5], [3, "B", 2, "A", 4], [1, "B", 7]],
     "video": [[2, "V", 5], [3, "W", 4, "V", 6]],
@@ -74,16 +79,21 @@ class Moving(vtprune.Pruner):
 
 every_kind = pytest.mark.parametrize("name", KINDS)
 every_new = pytest.mark.parametrize("name", NEW)
-PAIRS = [(name, strategy) for name in KINDS for strategy in (STRATEGIES if name in CORE else ["random+fastv", "moving"])]
+OTHERS = ["random+fastv", "moving", "flowcut-twice"]
+PAIRS = [(name, strategy) for name in KINDS for strategy in (STRATEGIES if name in CORE else OTHERS)]
 every_pair = pytest.mark.parametrize("name, strategy", PAIRS)
 every_new_pair = pytest.mark.parametrize("name, strategy", [pair for pair in PAIRS if pair[0] in NEW])
 every_prompt = pytest.mark.parametrize("prompts", PROMPTS)
 
 
 def pruner_for(name: str, strategy: str) -> vtprune.Pruner:
-    """The strategy; skips what layers of linear attention refuse, once they have."""
+    """The strategy; skips what the family refuses, once it has."""
     pruner = STRATEGIES[strategy]()
-    if name in HYBRID and strategy in REFUSED:
+    if name in DEEP and strategy in ACROSS:
+        with pytest.raises(vtprune.UnsupportedError, match="inner blocks"):
+            vtprune.wrap(model_of(KINDS[name], "sdpa"), pruner)
+        pytest.skip("which patches are left is not known between its blocks")
+    if name in HYBRID and strategy in EVICTS:
         with pytest.raises(vtprune.UnsupportedError, match="linear attention"):
             vtprune.wrap(model_of(KINDS[name], "sdpa"), pruner)
         pytest.skip("no token can be evicted from a state")
@@ -93,7 +103,10 @@ def pruner_for(name: str, strategy: str) -> vtprune.Pruner:
 def whole(pruner: vtprune.Pruner) -> vtprune.Pruner:
     """The strategy with a budget of all."""
     for part in getattr(pruner, "parts", [pruner]):
-        getattr(part, "pruner", part).keep = 1.0
+        mine = getattr(part, "pruner", part)
+        mine.keep = 1.0
+        if getattr(mine, "decoder_keep", None) is not None:
+            mine.decoder_keep = 1.0
     return pruner
 
 
@@ -131,7 +144,7 @@ def test_batch_equals_single_and_bytes_are_as_reported(name, strategy, prompts):
 
 
 @pytest.mark.parametrize("name", ["qwen3-vl", "qwen3.5", "glm4v"])
-@pytest.mark.parametrize("strategy", ["todre", "sparsevlm", "moving"])
+@pytest.mark.parametrize("strategy", ["todre", "sparsevlm", "moving", "flowcut-twice"])
 @every_prompt
 def test_cached_equals_uncached(name, strategy, prompts):
     asked = ask(KINDS[name], PROMPTS[prompts])
@@ -206,8 +219,11 @@ def joined(given):
     return {key: torch.cat([one[key] for one in given]) for key in given[0]}
 
 
+IN_TURNS = ("todre", "divprune+fastv+evict", "moving", "flowcut-twice")
+
+
 @preencoding  # before, generate() has no way to take a picture in a later turn
-@pytest.mark.parametrize("name, strategy", [pair for pair in PAIRS if pair[1] in ("todre", "divprune+fastv+evict", "moving")])
+@pytest.mark.parametrize("name, strategy", [pair for pair in PAIRS if pair[1] in IN_TURNS])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_a_second_turn_with_another_picture(name, strategy, attn):
     """Over the pruned cache, padded rows of unequal pictures; the rows of a turn are told apart by nothing but their own."""
@@ -227,12 +243,55 @@ def test_a_state_cannot_skip_padding_between_turns(name):
         _conversation(name, "random+fastv", ([[2, "A", 5], [4, "B", 1]], [[9, "A", 2], [3, "B", 2]]))
 
 
+# ---------------------------------------------------------------------- inside the vision tower
+
+
+@every_kind
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_the_tower_runs_on_less_from_block_to_block(name, attn):
+    asked, model, lengths = ask(KINDS[name], PROMPTS["padded"], attn), model_of(KINDS[name], attn), []
+    blocks = model.model.visual.blocks
+    whole = [block for block in range(len(blocks)) if block not in vtprune.families.locate(model).tower.windowed]
+
+    def note(module, args, output):
+        lengths.append(len(output))
+
+    pruner = vtprune.FlowCut(keep=0.4, every=1, entropy_power=300.0)
+    with vtprune.pruning(model, pruner) as session:
+        handles = [block.register_forward_hook(note) for block in blocks]
+        with torch.no_grad():
+            model(**asked.inputs())
+        for handle in handles:
+            handle.remove()
+        report = session.report
+    kept = 4 * sum(len(sample.kept) for sample in report.samples)
+    assert kept == 4 * (10 + 12 + 10 + 12) and lengths[-1] == kept
+    assert all(lengths[b] < (4 * 108 if at == 0 else lengths[whole[at - 1]]) for at, b in enumerate(whole))
+    assert [block for block, _ in report.samples[0].encoded] == whole
+    assert report.flops < report.flops_full
+
+
 # ---------------------------------------------------------------------- features added inside the decoder
 
 
-@pytest.mark.parametrize("name", ["qwen3-vl", "qwen3-vl-moe"])
-@pytest.mark.parametrize("prompts", ["padded", "video"])
-def test_added_features_are_those_of_the_tokens_that_are_left(name, prompts):
+@dataclass
+class Last(vtprune.Pruner):
+    """Keeps every third cell after the last block of the vision tower, where the features of all others are what they were."""
+
+    keep: float = 0.3
+    name = "last"
+    cells = True
+
+    def encode_needs(self, encoder):
+        return {encoder.last: vtprune.Needs()}
+
+    def encode(self, view):
+        return Keep([torch.arange(view.tokens).view(-1, view.cell)[1::3].flatten()] * len(view.index))
+
+
+@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("prompts, pruner", [("padded", Moving()), ("video", Moving()), ("padded", Last())])
+def test_added_features_are_those_of_the_tokens_that_are_left(name, prompts, pruner):
     """Read off the decoder: what is added after each of its first layers, against the encoder's features by number."""
     asked, model = ask(KINDS[name], PROMPTS[prompts]), model_of(KINDS[name], "sdpa")
     decoder, added, whole_rows = model.model.language_model, [], []
@@ -248,7 +307,7 @@ def test_added_features_are_those_of_the_tokens_that_are_left(name, prompts):
         with torch.no_grad():
             model(**asked.inputs())
             whole_rows, added = [features for _, features in added], []
-            with vtprune.pruning(model, Moving(keep=0.4)) as session:
+            with vtprune.pruning(model, pruner) as session:
                 model(**asked.inputs())
     finally:
         type(decoder)._deepstack_process = original
@@ -390,36 +449,6 @@ def test_the_brightest_cell_is_the_one_kept(name):
 
 
 # ---------------------------------------------------------------------- real processors
-
-
-def processor_of(name: str):
-    """The family's processor at the tiny model's patch size, over a tokenizer of characters and its special tokens."""
-    import tokenizers
-
-    start, end = ("<|vision_start|>", "<|vision_end|>") if name != "glm4v" else ("<|begin_of_image|>", "<|end_of_image|>")
-    picture, video = ("<|image_pad|>", "<|video_pad|>") if name != "glm4v" else ("<|image|>", "<|video|>")
-    special = {picture: IMAGE, video: VIDEO, start: qwen2.START, end: qwen2.END}
-    if name == "glm4v":
-        special |= {"<|begin_of_video|>": glm.VIDEO_START, "<|end_of_video|>": glm.VIDEO_END}
-    words = {c: 3 + i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz0123456789.<> ")}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 2, **words, **special}, unk_token="<unk>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        additional_special_tokens=list(special),
-        padding_side="left",
-    )
-    sizes = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
-    sizes |= {"size": {"shortest_edge": 16 * 16 * 2, "longest_edge": 96 * 96 * 8}}
-    if name == "glm4v":
-        return transformers.Glm4vProcessor(
-            transformers.Glm4vImageProcessor(**sizes), tokenizer, transformers.Glm4vVideoProcessor(**sizes)
-        )
-    return transformers.Qwen3VLProcessor(
-        transformers.Qwen2VLImageProcessor(**sizes), tokenizer, transformers.Qwen3VLVideoProcessor(**sizes)
-    )
 
 
 @pytest.mark.parametrize("name", ["qwen3-vl", "qwen3.5", "glm4v"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from models import preencoding
 
 from evaluations import leaderboard
 from evaluations.leaderboard import Entry, interval, marked, merged, resampled, short, summarise, table
@@ -195,6 +196,7 @@ def bench():
     return leaderboard.Bench(leaderboard.CHECKPOINT)
 
 
+@preencoding  # questions about one picture share its features
 def test_a_run(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(leaderboard, "Bench", lambda folder: bench)
     partial = tmp_path / "partial.json"

@@ -1,6 +1,7 @@
 """The promises over every family of the zoo: what a user gets, whichever model and strategy are put together.
 
-Where a family cannot serve a strategy, its constructor says so; the strategy's other stages stand in for it then.
+Where a family cannot serve a strategy, its constructor says so; what is nearest to the strategy stands in for it then.
+`pytest tests/test_matrix.py -n 2 --table` prints the outcome, family by strategy.
 """
 
 from __future__ import annotations
@@ -16,14 +17,29 @@ import vtprune
 
 KINDS = every()
 STRATEGIES = {
-    "flowcut": [lambda keep: vtprune.FlowCut(keep=keep)],
+    "flowcut": [
+        lambda keep: vtprune.FlowCut(keep=keep),
+        # what comes out of an encoder that lets nothing leave from inside
+        lambda keep: vtprune.DivPrune(keep=keep),
+    ],
+    "flowcut-twice": [
+        # attention of random models is almost flat: with this exponent much leaves after the first blocks, too
+        lambda keep: vtprune.FlowCut(keep=min(1.0, keep + 0.2), decoder_keep=keep, every=1, entropy_power=300.0),
+        # its cut inside the decoder alone
+        lambda keep: vtprune.FlowCut(keep=keep, decoder_keep=keep).only("prefill"),
+    ],
     "todre": [lambda keep: vtprune.ToDRE(keep=keep, tau=0.6)],
     "mustdrop": [
         lambda keep: vtprune.MustDrop(keep=min(1.0, keep + 0.2), sim_thr=0.1, layers=(0, 12)),
         # what is left of it without a class token
         lambda keep: vtprune.MustDrop(keep=min(1.0, keep + 0.2), layers=(0, 12), merge=False).only("prefill", "decode"),
+        # and where nothing can be evicted; layers of linear attention have no rows to filter by
+        lambda keep: vtprune.MustDrop(keep=min(1.0, keep + 0.4), layers=(8,), merge=False).only("prefill"),
     ],
-    "fastv": [lambda keep: vtprune.FastV(keep=min(1.0, keep + 0.2), layer=1)],
+    "fastv": [
+        lambda keep: vtprune.FastV(keep=min(1.0, keep + 0.2), layer=1),
+        lambda keep: vtprune.FastV(keep=min(1.0, keep + 0.3), layer=2),
+    ],
     "random": [lambda keep: vtprune.Random(keep=keep, seed=3)],
     "divprune+fastv+evict": [
         # by name the cache would get half of what enters
@@ -47,6 +63,17 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 every_kernel = pytest.mark.parametrize("attn", ["sdpa", "eager"])
 every_prompt = pytest.mark.parametrize("prompts", PROMPTS)
+
+
+@pytest.fixture(autouse=True)
+def _cell(request, record_property):
+    """Which cell of `--table` a test counts for."""
+    params = request.node.callspec.params
+    strategy = params.get("strategy", "random")
+    form = _served(params["kind"], strategy)
+    record_property("row", str(params["kind"]))
+    record_property("column", strategy)
+    record_property("mark", "" if form == 0 else "*")
 
 
 @lru_cache

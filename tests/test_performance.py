@@ -228,7 +228,10 @@ def test_memory_of_prefill_falls_with_keep():
         allocated(lambda keep=keep: forward(model, prompts, vtprune.Random(keep=keep), pixels=pixels))
         for keep in (36, 24, 12, 4)
     ]
-    assert peaks == sorted(peaks, reverse=True) and peaks[-1] < 0.6 * peaks[0], peaks
+    with torch.no_grad():
+        encoder = allocated(lambda: model.model.get_image_features(pixel_values=pixels, return_dict=True))
+    # what no pruning of the decoder goes below: versions that keep the states of all encoder blocks take most of it there
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] < max(0.6 * peaks[0], 1.1 * encoder), (peaks, encoder)
 
 
 @pytest.mark.parametrize("choose", ["max_sum", "k_center", "dpp", "loneliest"])

@@ -93,9 +93,10 @@ def shown(grid: tuple[int, int], width: int, height: int, fit: str) -> tuple[flo
         return 0.0, 0.0, float(width), float(height)
     rows, columns = grid
     scale = max(columns / width, rows / height)
-    w, h = columns / scale, rows / scale
+    # no wider than the picture by rounding: Pillow refuses to cut out what is outside
+    w, h = min(columns / scale, width), min(rows / scale, height)
     x, y = (width - w) / 2, (height - h) / 2
-    return x, y, x + w, y + h
+    return x, y, min(x + w, width), min(y + h, height)
 
 
 def boxes(views: tuple[View, ...], size: tuple[int, int], fit: str = "stretch") -> np.ndarray:

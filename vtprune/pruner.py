@@ -153,6 +153,7 @@ class Encoder:
         cls: whether there is a class token.
         cell: patches that are joined to one visual token behind the last block; 1 where each is one.
         windowed: blocks whose attention stays within windows of a picture, so that no row spans it.
+        whole_cells: whether patches have to leave by whole cells, as those of blocks in between are joined as well.
     """
 
     depth: int
@@ -160,6 +161,7 @@ class Encoder:
     cls: bool
     cell: int = 1
     windowed: frozenset[int] = frozenset()
+    whole_cells: bool = False
 
     @property
     def last(self) -> int:
@@ -482,7 +484,7 @@ class Pruner:
         name: what `wrap(model, name)` and the command line call it.
         paper: title or id, year and venue, one line.
         positions: "original" (survivors keep their position) or "compact" (renumbered), as in the paper.
-        requires: capabilities of the model that it cannot do without, of {"cls"}.
+        requires: capabilities of the vision encoder that its `encode` cannot do without, of {"cls"}.
         reads: what it reads besides attention rows, in words, for `vtprune list`.
         modality: "video" if it serves videos alone, "any" otherwise.
         reads_frames: whether `select` wants videos as they are before the model pools them (`SelectView.videos`).
@@ -642,7 +644,9 @@ class Only(Pruner):
         if missing or not stages:
             raise ValueError(f"{pruner.name} has the stages {pruner.stages()}; only({', '.join(map(repr, stages))}) is none.")
         self.pruner, self._stages, self.keep = pruner, stages, pruner.keep
-        self.name, self.positions, self.requires = pruner.name, pruner.positions, pruner.requires  # type: ignore[misc]
+        self.name, self.positions = pruner.name, pruner.positions  # type: ignore[misc]
+        # what is asked of the vision encoder is asked by the stage inside it
+        self.requires = pruner.requires if "encode" in stages else frozenset()  # type: ignore[misc]
         self.separators = pruner.separators  # type: ignore[misc]
 
     def stages(self) -> tuple[str, ...]:

@@ -142,6 +142,12 @@ def ovis_picture(model, which: int) -> tuple[Given, list[int]]:
 PE_SIDE = 32 * GRID  # its patches have 16 pixels and are pooled two by two
 
 
+def kernels(attn: str) -> str | dict[str, str]:
+    """`attn`, but eager for timm's encoders where transformers' wrapper of them has no sdpa: they bring their own attention."""
+    served = attn != "sdpa" or transformers.TimmWrapperModel._supports_sdpa
+    return attn if served else {"": attn, "text_config": attn, "vision_config": "eager"}
+
+
 def perception(attn: str, vocab: int = 100, image: int = IMAGE, video: int = VIDEO):
     torch.manual_seed(0)
     vision = transformers.TimmWrapperConfig(
@@ -155,7 +161,7 @@ def perception(attn: str, vocab: int = 100, image: int = IMAGE, video: int = VID
         video_token_id=video,
         projector_pooling_ratio=2,
     )
-    model = transformers.PerceptionLMForConditionalGeneration._from_config(config, attn_implementation=attn)
+    model = transformers.PerceptionLMForConditionalGeneration._from_config(config, attn_implementation=kernels(attn))
     return seeded(model, [*SUPPRESS, image, video])
 
 
@@ -184,7 +190,8 @@ def fast(attn: str):
     config = transformers.FastVlmConfig(
         vision_config=vision, text_config=transformers.Qwen2Config(**TEXT), image_token_index=IMAGE, image_seq_length=TOKENS
     )
-    model = seeded(transformers.FastVlmForConditionalGeneration._from_config(config, attn_implementation=attn), SUPPRESS)
+    model = transformers.FastVlmForConditionalGeneration._from_config(config, attn_implementation=kernels(attn))
+    model = seeded(model, SUPPRESS)
     for name, parameter in model.model.vision_tower.named_parameters():
         if parameter.ndim > 1:  # convolutions of one channel each would leave nothing of the picture
             torch.nn.init.normal_(parameter, std=1.0 if "gamma" in name else parameter[0].numel() ** -0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from models import IMAGE, VIDEO, tiny_qwen
+from models import IMAGE, VIDEO, preencoding, tiny_qwen
 from torch import Tensor
 
 from zoo import Kind
@@ -46,7 +46,18 @@ def timed_video(model, which):
     return video(model, which, seconds=True)
 
 
+# before, Qwen2.5-VL takes a video's time step for every picture as well
+MIXES = not preencoding.args[0]
 KINDS = [
     Kind("qwen2", lambda attn: tiny_qwen(attn, version="2"), picture, video, (None,), types, patch_pixels=16),
-    Kind("qwen2.5", lambda attn: tiny_qwen(attn, version="2.5"), picture, timed_video, (None,), types, patch_pixels=16),
+    Kind(
+        "qwen2.5",
+        lambda attn: tiny_qwen(attn, version="2.5"),
+        picture,
+        timed_video,
+        (None,),
+        types,
+        patch_pixels=16,
+        mixes=MIXES,
+    ),
 ]

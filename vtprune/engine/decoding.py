@@ -482,7 +482,9 @@ class Pass:
             self.streams.append(self.stream)
             self.held.append(self._held(layer))
             attends = self.plan.site.attends[layer]
-            if not (self.stream.pruned or (is_pruned(self.cache, layer) if attends else self.continues)):
+            # tokens that were only rearranged take their positions along
+            astray = self.stream.moved is not None and not self.plan.compact
+            if not (self.stream.pruned or astray or (is_pruned(self.cache, layer) if attends else self.continues)):
                 return None
             kwargs = {**kwargs, **self._layer_arguments(layer, hidden, kwargs)}
             return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})

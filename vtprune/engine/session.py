@@ -87,7 +87,7 @@ class Session:
             # a class token that strategies cannot get at is none
             encoder = Encoder(self.encode_depth, blocks, not sealed and "cls" in self.site.capabilities())
             if tower is not None:
-                encoder = replace(encoder, cell=tower.cell, windowed=tower.windowed)
+                encoder = replace(encoder, cell=tower.cell, windowed=tower.windowed, whole_cells=bool(tower.inner))
             self.encode_needs = dict(part["encode"].encode_needs(encoder))
             if sealed and self.encode_needs and not (tower is not None and part["encode"].cells):
                 allows = "does not allow" if tower is None else "allows only where a strategy reckons with its cells of patches"
@@ -187,7 +187,8 @@ class Session:
         for at, block in enumerate(self.site.video_layers):
             self._hook(block.register_forward_pre_hook, functools.partial(self._before_block, at), with_kwargs=True)
         if self.site.tower is not None:
-            self._hook(self.site.projector.register_forward_pre_hook, self._before_joining)
+            # right behind the blocks, whatever else the model does with patches before it joins them
+            self._hook(self.site.encoder_layers[-1].register_forward_hook, self._before_joining)
             self._hook(self.site.projector.register_forward_hook, self._after_joining)
         for module in self.site.inner_joins:
             self._hook(module.register_forward_pre_hook, self._before_inner)
@@ -496,7 +497,7 @@ class Session:
         encoding = getattr(self._local, "encoding", None)
         return None if encoding is None else encoding.after_block(block, output)
 
-    def _before_joining(self, module, args) -> None:
+    def _before_joining(self, module, args, output) -> None:
         encoding = getattr(self._local, "encoding", None)
         if encoding is not None:
             encoding.join()

@@ -190,7 +190,7 @@ class Family:
             convolutions and linear layers.
         sealed: why no token can leave inside the vision encoder, or "" if it can.
         packed: base model -> its `Tower`, where patches can leave a sealed encoder after all, as long as what is left can
-            be joined; needs `layouts`, and the `projector` has to be what joins them.
+            be joined; needs `layouts`, and the `projector` has to give a row for each that was joined.
         attention: name of the attention module within an encoder block.
         positions: what positions the decoder's embedding allows.
         prepares_masks: whether the model makes its decoder's masks itself, though the decoder is set to attend in both

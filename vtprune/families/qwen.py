@@ -7,6 +7,7 @@ of linear attention.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,11 +65,13 @@ def _by_window(side: int, layouts: list[Layout]) -> Tensor:
 def _tower(base: nn.Module) -> Tower:
     visual = base.visual
     cell = visual.spatial_merge_size**2
+    inner = ("visual.deepstack_merger_list",) if hasattr(visual, "deepstack_merger_list") else ()
     whole = getattr(visual, "fullatt_block_indexes", None)
     if whole is None:
-        return Tower(cell)
+        return Tower(cell, inner=inner)
     side = visual.window_size // visual.spatial_merge_size // visual.patch_size
-    return Tower(cell, frozenset(range(len(visual.blocks))) - set(whole), functools.partial(_by_window, side))
+    windowed = frozenset(range(len(visual.blocks))) - set(whole)
+    return Tower(cell, windowed, functools.partial(_by_window, side), inner)
 
 
 QWEN_VL = Family(
@@ -86,30 +89,12 @@ QWEN_VL = Family(
     # a token's place in the picture is in its position: there is no other numbering of what is left
     positions=("original",),
 )
-QWEN3_VL = Family(
+QWEN3_VL = replace(
+    QWEN_VL,
     name="Qwen3-VL",
     base_classes=("Qwen3VLModel", "Qwen3VLMoeModel"),
-    encoder_layers=("visual.blocks",),
-    projector=("visual.merger",),
-    special_tokens=(),
-    layouts=merged_layouts,
-    videos=video_layouts,
-    pixels=frame_pixels,
     sealed="its vision tower merges patches two by two, also those of its inner blocks that go on to the decoder (deepstack), "
     "so they cannot leave one by one",
-    positions=("original",),
     injects="_deepstack_process",
 )
-QWEN3_5 = Family(
-    name="Qwen3.5",
-    base_classes=("Qwen3_5Model", "Qwen3_5MoeModel"),
-    encoder_layers=("visual.blocks",),
-    projector=("visual.merger",),
-    special_tokens=(),
-    layouts=merged_layouts,
-    videos=video_layouts,
-    pixels=frame_pixels,
-    sealed="its vision tower merges patches two by two, so they cannot leave one by one",
-    positions=("original",),
-    query_gate=True,
-)
+QWEN3_5 = replace(QWEN_VL, name="Qwen3.5", base_classes=("Qwen3_5Model", "Qwen3_5MoeModel"), query_gate=True)

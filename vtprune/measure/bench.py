@@ -256,6 +256,8 @@ def timed_bound(model: nn.Module, inputs: dict[str, Any], embeds: torch.Tensor) 
     encode = site.base.get_video_features if video else site.base.get_image_features
     known = inspect.signature(encode).parameters
     vision = {name: value for name, value in inputs.items() if name in known and name not in ("input_ids", "attention_mask")}
+    if video and "pixel_values_videos" not in known:  # its name there before transformers 5.18
+        vision["pixel_values"] = inputs["pixel_values_videos"]
     with torch.inference_mode():
         clock = Clock(model.device)
         _settled(clock)

@@ -20,6 +20,7 @@ from vtprune.pruner import (
     Needs,
     PrefillView,
     Pruner,
+    UnsupportedError,
     asks_for_fewer,
     check_budget,
 )
@@ -116,7 +117,8 @@ class FlowCut(Pruner):
         newlines: whether separators between a tiled picture's rows stay ("model", ours) or leave ("none", as published)
             once any of its tokens does.
         groups: where patches are merged behind the encoder, whether they stay by whole cells, so that a token is what it
-            was ("cells", ours), or one by one, so that those left are merged in order, across cells ("survivors").
+            was ("cells", ours), or one by one, so that those left are merged in order, across cells ("survivors"; not where
+            patches of inner blocks are merged as well, as in Qwen3-VL).
     Raises:
         BudgetError: for a budget or field without meaning.
     """
@@ -169,6 +171,11 @@ class FlowCut(Pruner):
 
     # Stage V, in the encoder. With a class token the last cut comes one block before the feature block, else after it.
     def encode_needs(self, encoder: Encoder) -> dict[int, Needs]:
+        if encoder.whole_cells and self.groups != "cells":
+            raise UnsupportedError(
+                f"groups={self.groups!r} merges patches across cells of {encoder.cell}, but this vision encoder merges those "
+                f"of its inner blocks as well, before it is known which are left. Give groups='cells'."
+            )
         if not encoder.cls:
             return dict.fromkeys(encoder.whole, Needs(queries="mean", values=True))
         if encoder.depth < 2:
