@@ -38,7 +38,8 @@ from vtprune.supporting import config_of
 MARK = "memory"
 SIDE = 1024  # of the picture
 KEEP = 0.1
-_SMALL = 1 << 22  # weights up to so many values are random
+_SMALL = 1 << 22  # weights up to so many values are random in any case
+_WORDS = 1000  # the text is of these tokens
 TEXT = 16  # tokens before the picture, and after it
 CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
 # tokens that processors write around tiles; which ones does not matter as long as they are text
@@ -347,9 +348,12 @@ def _shallow(config: Any, depth: int) -> None:
     text.num_hidden_layers = min(text.num_hidden_layers, depth)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
+    # VipLLaVA reads several blocks; the first of them is counted from the encoder's end
+    read = getattr(config, "vision_feature_layer", None)
+    blocks = max([depth, *(abs(layer) + 1 for layer in read)] if isinstance(read, (list, tuple)) else [depth])
     for key in ("num_hidden_layers", "depth"):
         if key in vision.__dict__:
-            setattr(vision, key, min(getattr(vision, key), depth))
+            setattr(vision, key, min(getattr(vision, key), blocks))
 
 
 # measuring -------------------------------------------------------------------------------------------------------------
@@ -409,22 +413,30 @@ class Uncomputed(TorchDispatchMode):
         return out
 
 
-def build(name: str, narrow: int = 1, depth: int | None = None, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The class with its language-modelling head. Large weights are zero, and take no memory until they are read."""
+def build(
+    name: str, narrow: int = 1, depth: int | None = None, computed: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
+    """The class with its language-modelling head and random weights.
+
+    Parameters:
+        narrow, depth: as in `configuration`.
+        computed: False leaves large matrices without values, so that they take no memory; `Uncomputed` does not read them.
+    """
     cls = getattr(transformers, name.removesuffix("Model") + "ForConditionalGeneration")
     config = configuration(name, narrow, depth)
     with no_init_weights():
         model = cls._from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
     _share(model)
-    generator = torch.Generator().manual_seed(0)
+    generator, words = torch.Generator().manual_seed(0), model.get_input_embeddings().weight
     with torch.no_grad():
         for part, weight in model.named_parameters():
             if "norm" in part:
                 weight.fill_(1.0)
-            elif weight.numel() <= _SMALL:
+            elif weight is words:
+                weight[:_WORDS].normal_(generator=generator)
+                weight[_image(model)] = 0
+            elif computed or weight.numel() <= _SMALL or "embed" in part:
                 weight.normal_(std=0.02, generator=generator)
-            elif "embed" in part:
-                weight[:1000].normal_(generator=generator)  # the words of the prompt
     return model
 
 
@@ -443,7 +455,7 @@ def _share(model: nn.Module) -> None:
 def inputs_of(name: str, model: nn.Module) -> Given:
     """The picture between a few tokens of text."""
     given, ids = SHAPES[name].picture(model)
-    text = torch.randint(100, 1000, (2 * TEXT,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = torch.randint(100, _WORDS, (2 * TEXT,), generator=torch.Generator().manual_seed(0)).tolist()
     row = torch.tensor([[*text[:TEXT], *ids, *text[TEXT:]]])
     given = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in given.items()}
     inputs = {**given, "input_ids": row, "attention_mask": torch.ones_like(row)}
@@ -492,7 +504,7 @@ def prefill(model: nn.Module, inputs: Given, pruner: Pruner | None, computed: bo
 
 def measure(name: str, narrow: int = 1, depth: int | None = None, computed: bool = False) -> list[Peak]:
     """The bare model, then each of `strategies`."""
-    model = build(name, narrow, depth)
+    model = build(name, narrow, depth, computed)
     inputs = inputs_of(name, model)
     return [prefill(model, inputs, pruner, computed) for pruner in (None, *strategies(model))]
 
@@ -558,7 +570,7 @@ def main() -> None:
         known = json.loads(args.json.read_text(encoding="utf-8"))
         if known["setting"]["command"] != setting["command"]:
             parser.error(f"{args.json} was made by `{known['setting']['command']}`; give another file.")
-        rows = known["rows"]
+        rows, setting = known["rows"], setting if set(args.only or classes()) - set(known["rows"]) else known["setting"]
     for name in args.only or classes():
         if name not in rows:
             rows[name] = [asdict(peak) for peak in measure(name, args.narrow, args.depth, args.computed)]

@@ -33,20 +33,19 @@ def test_a_pruned_prefill_allocates_less(name):
     inputs = memory.inputs_of(name, model)
     bare, random, fastv = [memory.prefill(model, inputs, pruner) for pruner in (None, *memory.strategies(model))]
     for pruned in (random, fastv):
-        assert pruned.kv == pruned.reported < bare.kv == pruned.reported_full or name.startswith("Qwen3_5")
         assert pruned.kv == pruned.reported and bare.kv == pruned.reported_full
         assert pruned.decoder < bare.decoder
-        # notes of what the pictures are, no more
+        # where the encoder sets it, it stays; but for notes of what the pictures are
         assert pruned.whole <= bare.whole + 2**16
         if bare.decoder > bare.encoder:
             assert pruned.whole < bare.whole
     assert random.entered == pytest.approx(memory.KEEP * random.tokens, abs=40)  # a share is rounded per picture
-    assert fastv.entered == fastv.tokens == bool(fastv.tokens) * random.tokens
+    assert random.kv < bare.kv and fastv.entered == fastv.tokens == random.tokens
 
 
 @pytest.mark.parametrize("name", ["LlavaModel", "Qwen3VLModel"])
 def test_what_is_not_computed_is_allocated_alike(name):
-    model = memory.build(name, 8 if name == "LlavaModel" else NARROW, 3)
+    model = memory.build(name, 8 if name == "LlavaModel" else NARROW, 3, computed=True)
     inputs = memory.inputs_of(name, model)
     for pruner in (None, *memory.strategies(model)):
         made, computed = (memory.prefill(model, inputs, pruner, flag) for flag in (False, True))
