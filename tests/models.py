@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 
 import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
-# transformers >= 5.18 encodes images before the forward pass; earlier, features cannot be handed over, and expanding for
-# beams misorders the images of samples that have several
+# transformers >= 5.18 encodes images before the forward pass; earlier, features cannot be handed over
 preencoding = pytest.mark.skipif(
     "mm_encoder_outputs" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters,
     reason="needs transformers >= 5.18",
 )
+
+
+@lru_cache
+def beams_keep_images_together() -> bool:
+    """Whether `generate` hands each beam all images of its prompt; 5.18 gives it one of them several times."""
+    model, seen = tiny_llava(), []
+    base = model.model
+    base.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        model.generate(**batch([prompt(1, "I", 1, "I", 1)]), pixel_values=images(2), num_beams=2, max_new_tokens=1)
+    handed = seen[0]["mm_encoder_outputs"]["image"]
+    features = handed.pooler_output
+    return all(torch.equal(a, b) for a, b in zip(features[:2], features[2:], strict=True))
+
 
 IMAGE = 99
 VIDEO = 98

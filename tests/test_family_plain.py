@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo.plain as zoo_plain
 from harness import ask, run
-from models import IMAGE, TOKENS, preencoding
+from models import IMAGE, TOKENS, beams_keep_images_together, preencoding
 from oracle import Watch, oracle_logits
 from processors import PROCESSORS
 from transformers import DynamicCache
@@ -71,9 +71,14 @@ def test_what_its_encoder_refuses(kind):
 @preencoding
 def test_beams_batch_equals_single(kind):
     """Beams stack features anew in some families: what was known of them is found again."""
-    # GLM-V's own expansion for beams repeats each picture, so several of a prompt go astray, and fails on videos
-    pictures = PADDED if kind.mixes else [[2, "A", 5], [1, "B", 7]]
-    for prompts in [pictures, [[2, "V", 5], [3, "W", 4]]][: 1 + (kind.video is not None and kind.mixes)]:
+    # GLM-V's own expansion for beams (and in 5.18 every family's) repeats each picture, so several of a prompt go astray;
+    # GLM-V's fails on videos
+    pictures = PADDED if kind.mixes and beams_keep_images_together() else [[2, "A", 5], [1, "B", 7]]
+    if locate(model_of(kind)).family.runs and not beams_keep_images_together():
+        pytest.skip("this version splits tiles up among beams")
+    for prompts in [pictures, [[2, "V", 5], [3, "W", 4]]][
+        : 1 + (kind.video is not None and kind.mixes and beams_keep_images_together())
+    ]:
         asked, options = ask(kind, prompts), {"num_beams": 2}
         # a state of linear attention cannot be evicted from
         hybrid = not all(locate(model_of(kind)).attends)

@@ -144,12 +144,21 @@ def test_batch_equals_single_and_bytes_are_as_reported(kind, strategy, prompts):
             assert torch.equal(a, b)
 
 
+@lru_cache
+def _cached_as_uncached(kind, prompts: str) -> bool:
+    asked = ask(kind, PROMPTS[prompts])
+    a, b = run(asked), run(asked, use_cache=False)
+    return torch.equal(a.tokens, b.tokens) and torch.allclose(a.logits, b.logits, atol=1e-4, rtol=1e-4)
+
+
 @every_kind
 @pytest.mark.parametrize("strategy", ["todre", "fastv", "random"])
 @pytest.mark.parametrize("prompts", ["padded", "video"])
 def test_cached_equals_uncached(kind, strategy, prompts):
     pruner = strategy_for(kind, strategy, prompts)
     asked = ask(kind, PROMPTS[prompts])
+    if not _cached_as_uncached(kind, prompts):
+        pytest.skip("the bare model itself differs with and without a cache, in this version")
     assert_same(run(asked, pruner=pruner), run(asked, pruner=pruner, use_cache=False))
 
 

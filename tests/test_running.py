@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import IMAGE, TOKENS, batch, images, preencoding, prompt, tiny_llava
+from models import IMAGE, TOKENS, batch, beams_keep_images_together, images, preencoding, prompt, tiny_llava
 from oracle import Turn, oracle_logits
 from transformers import DynamicCache, TextIteratorStreamer
 
@@ -26,6 +26,11 @@ PIXELS = images(3, seed=2)
 GENERATE = {"max_new_tokens": 6, "min_new_tokens": 6}
 
 
+def several():
+    """Prompts and pictures for beams; several pictures in one where the installed version keeps them together."""
+    return (PROMPTS, PIXELS) if beams_keep_images_together() else ([PROMPTS[0], prompt(4, "I", 6)], PIXELS[:2])
+
+
 def generate(model, prompts, pixels, **options):
     return model.generate(**batch(prompts), pixel_values=pixels, **GENERATE, **options)
 
@@ -39,27 +44,38 @@ def test_sampling_depends_on_the_seed_alone(model):
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
-@preencoding
+@preencoding  # before, each beam is encoded, and reported, by itself
 @pytest.mark.parametrize("strategy", ["flowcut", "fastv", COMPOSED])
 def test_beams_batch_equals_single(model, strategy):
     """Beams copy and reorder cache rows; validity and shifts have to follow them."""
     fields = FIELDS if strategy == COMPOSED else {"keep": 24}
     options = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    prompts, pixels = several()
     with vtprune.pruning(model, strategy, positions="compact", **fields) as session:
-        together = generate(model, PROMPTS, PIXELS, **options)
+        together = generate(model, prompts, pixels, **options)
         report = session.report
-        singles = [generate(model, [PROMPTS[0]], PIXELS[:1], **options), generate(model, [PROMPTS[1]], PIXELS[1:], **options)]
-    assert [s.visual_tokens for s in report.samples] == [TOKENS, 2 * TOKENS]
+        singles = [generate(model, [prompts[0]], pixels[:1], **options), generate(model, [prompts[1]], pixels[1:], **options)]
+    assert [s.visual_tokens for s in report.samples] == [TOKENS, TOKENS * (len(pixels) - 1)]
     assert torch.equal(together[:, -6:], torch.cat([s[:, -6:] for s in singles]))
+
+
+@preencoding
+def test_beams_that_lose_images_are_refused(model):
+    """The bare model would say something about other images than the prompt's."""
+    if beams_keep_images_together():
+        pytest.skip("this version hands each beam the images of its prompt")
+    with vtprune.pruning(model, "random", keep=10), pytest.raises(vtprune.UnsupportedError, match="several times in place of"):
+        generate(model, PROMPTS, PIXELS, num_beams=2)
 
 
 @preencoding
 def test_beams_without_a_cache(model):
     """Each step feeds everything again; what was kept must be what the prompt decided."""
     options = {"num_beams": 3, "do_sample": False}
+    prompts, pixels = several()
     with vtprune.pruning(model, "flowcut+fastv", **{"flowcut.keep": 20, "fastv.keep": 14, "fastv.layer": 1}):
-        cached = generate(model, PROMPTS, PIXELS, **options)
-        uncached = generate(model, PROMPTS, PIXELS, **options, use_cache=False)
+        cached = generate(model, prompts, pixels, **options)
+        uncached = generate(model, prompts, pixels, **options, use_cache=False)
     assert torch.equal(cached, uncached)
 
 

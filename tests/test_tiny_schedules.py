@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from models import preencoding
 
 import vtprune
 from evaluations.tiny import schedules
@@ -123,6 +124,7 @@ def test_only_what_is_between_the_markers_is_written(tmp_path):
     assert (tmp_path / "new.md").read_text().count(BEGIN) == 1
 
 
+@preencoding  # it has pictures encoded once for all budgets
 @pytest.mark.slow
 def test_the_command_measures(tmp_path):
     out = tmp_path / "out.json"

@@ -42,6 +42,11 @@ from vtprune.pruner import (
     UnsupportedError,
 )
 
+_REPEATED = (
+    "This version of transformers hands beams and returned sequences each image of a prompt several times in place of all "
+    "its images. Use a newer one, or prompts with one image each."
+)
+
 
 @dataclass
 class Plan:
@@ -258,8 +263,10 @@ class Pass:
         for image, (start, count) in enumerate(zip(first, fed, strict=False)):
             row = min(bisect_right(ends, start), len(ends) - 1)
             if start + count > ends[row]:
-                raise UnsupportedError("an image's placeholder tokens are spread over two samples of the batch.")
+                copied = f" {_REPEATED}" if len({id(r) for r in records}) < len(records) else ""
+                raise UnsupportedError(f"an image's placeholder tokens are spread over two samples of the batch.{copied}")
             self.images[row].append(image)
+        self._check_copies(records)
         budgets = self.plan.pruner.budgets()
         odd = [len(images) for images in self.images if images and len(images) != budgets]
         if budgets is not None and odd:
@@ -319,6 +326,21 @@ class Pass:
             if decision is not None:
                 item.past = decision.past
         return kwargs
+
+    def _check_copies(self, records: list[ImageTokens]) -> None:
+        """Refuse prompts that are copies of each other and were not given the same images.
+
+        Raises:
+            UnsupportedError: as beams would be said of images that are not the prompt's.
+        """
+        given = [[part for i in images for part in records[i].parts] for images in self.images]
+        odd = [row for row, images in enumerate(given) if len(set(images)) < len(images)]
+        if self.input_ids is None or not odd:
+            return
+        for row in odd:
+            for other, images in enumerate(given):
+                if images != given[row] and torch.equal(self._prompt(row), self._prompt(other)):
+                    raise UnsupportedError(f"copies of a prompt came with different images. {_REPEATED}")
 
     def _bare(self, items: list[Item], records: list[ImageTokens], others: Tensor) -> tuple[Tensor, list[int]]:
         """Of the tokens marked in `others` bool [B, L], separators of tiled images that have lost tokens; how many per row."""

@@ -393,12 +393,14 @@ class ImageTokens:
         owner: the session that ran it.
         frames: of a video, what it was before the model pooled it, where a strategy reads that; picture: the same of a
             picture, for prompts in which several stand for a video.
+        parts: names of what it was put together from; the same of the same features.
     """
 
     def __init__(self, item: Item, layout: Layout, encoding: Encoding | None, owner: object = None):
         self.item, self.layout, self.encoding, self.owner = item, layout, encoding, owner
         self.frames: Frames | None = None
         self.picture: Frames | None = None
+        self.parts: tuple = (id(self),)
         self.replays: list[tuple[Tensor, object]] = []
 
     def __deepcopy__(self, memo: dict) -> ImageTokens:

@@ -128,7 +128,7 @@ class Call:
                 tiles = [next(left) for _ in range(tiling.tiles)]
                 key = tuple((id(feature), picture) for _, _, feature, picture in tiles)
                 if key not in known:
-                    known[key] = _one_image(self.site, [(feature, count) for _, count, feature, _ in tiles], tiling)
+                    known[key] = _one_image(self.site, [(feature, count) for _, count, feature, _ in tiles], tiling, key)
                 images.append(known[key])
         return images
 
@@ -139,11 +139,11 @@ class Call:
         return (-1 - torch.unique(self.embeds[row].float(), dim=0, return_inverse=True)[1]).tolist()
 
 
-def _one_image(site: Site, tiles: list[tuple[Tensor, int]], tiling: Tiling) -> Tensor:
+def _one_image(site: Site, tiles: list[tuple[Tensor, int]], tiling: Tiling, key: tuple) -> Tensor:
     """Tiles that came as pictures of their own, as one image with a record of its own; the first tile remembers it.
 
     Parameters:
-        tiles: (the features that hold it, its tokens) of each.
+        tiles: (the features that hold it, its tokens) of each; key: names of them.
     """
     first = tiles[0][0]
     before = ImageTokens.of(first)
@@ -158,6 +158,7 @@ def _one_image(site: Site, tiles: list[tuple[Tensor, int]], tiling: Tiling) -> T
         layout = Layout(size, tiles=len(tiles), views=tiling.views(grid) if alike else ())
     record = ImageTokens(Item(index, (size,)), layout, before.encoding, before.owner)
     record.replays = before.replays
+    record.parts = key
     joined = first.new_empty(0)  # its vectors are in the prompt by now: only the record is wanted
     joined._vtprune = record
     return joined
