@@ -13,6 +13,7 @@ from vtprune.registry import available
 
 from . import gallery, sharing
 from .asking import UNPRUNED
+from .heaps import give_back
 from .keeper import Keeper
 from .page import Page
 from .session import Session, Source
@@ -121,6 +122,7 @@ def _leaving(demo: gr.Blocks, page: Page) -> Callable:
         # gradio keeps a copy of the whole page for each of the last `state_session_capacity` tabs, closed ones, too
         demo.state_holder.session_data.pop(request.session_hash, None)
         demo.state_holder.time_last_used.pop(request.session_hash, None)
+        give_back()
 
     return leave
 
