@@ -43,8 +43,8 @@ from vtprune.pruner import (
 )
 
 _REPEATED = (
-    "This version of transformers hands beams and returned sequences each image of a prompt several times in place of all "
-    "its images. Use a newer one, or prompts with one image each."
+    "For beams and returned sequences transformers handed on each image of a prompt several times in place of all its images: "
+    "some versions do so, and some families' own code. Use prompts with one image each, or try a newer version."
 )
 
 
