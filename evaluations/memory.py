@@ -560,6 +560,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers there; classes that the file has are not measured again")
     parser.add_argument("--markdown", type=Path, help="write the table into this page, between its marks")
     args = parser.parse_args()
+    if unknown := [name for name in args.only or () if name not in classes()]:
+        parser.error(f"no model class {unknown[0]!r} of a family here; there are {', '.join(classes())}.")
+    if args.narrow < 1 or (args.depth is not None and args.depth < 2):
+        parser.error("--narrow is at least 1, --depth at least 2.")
     options = [
         f"--{name} {value}" for name, value in (("narrow", args.narrow), ("depth", args.depth)) if value not in (1, None)
     ]
